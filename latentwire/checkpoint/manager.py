@@ -1,0 +1,326 @@
+"""CheckpointManager: saves in the background, rotates, recovers.
+
+Safety against a second writer (a node that was given up but still runs) rests on two facts. Every attempt has a
+number, and a newer attempt, before it chooses what to resume from, removes the hidden folders of all older ones
+(``sweep``). A writer looks whether it is still the newest right before its rename (``fence``). So a stale writer either
+renamed before the newer attempt chose, and its checkpoint is whole and visible like any other, or finds itself
+superseded, or finds its folder gone: in no case does anything appear or vanish behind the newer attempt's back.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import stamina
+
+from latentwire.checkpoint import layout, reader, writer
+from latentwire.checkpoint.layout import Manifest, Snapshot, step_name
+from latentwire.checkpoint.reader import Loaded
+from latentwire.checkpoint.retention import Kept, to_delete
+from latentwire.errors import CheckpointCorrupt, CheckpointError, CheckpointUnsafe, NoSpace, NoUsableCheckpoint
+from latentwire.run.atomic import fsync_directory, write_json
+
+_SAVING = re.compile(re.escape(layout.SAVING_PREFIX) + r"(\d+)-\d+")
+
+
+class CheckpointManager:
+    """The checkpoints of one run, as seen by one attempt. Used on rank 0, from one thread.
+
+    Args:
+        folder: ``runs/<run>/checkpoints``; made if missing.
+        token: the attempt's number.
+        version: of the program, for the manifest.
+        identity: what the checkpoints belong to; compared on restore by the caller.
+        fence: raises ``Fenced`` once the attempt is superseded.
+        event: called as ``event(name, **fields)`` from the saving thread too.
+        keep, best_metric, best_mode: retention.
+        shard_bytes, threads: how it is written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        token: int,
+        version: str,
+        identity: Mapping[str, Any],
+        fence: Callable[[], None],
+        event: Callable[..., Any],
+        keep: int = 3,
+        best_metric: str | None = None,
+        best_mode: Literal["min", "max"] = "min",
+        shard_bytes: int = 2 << 30,
+        threads: int = 4,
+    ) -> None:
+        self.folder = folder
+        self.identity = dict(identity)
+        self._token = token
+        self._version = version
+        self._fence = fence
+        self._event = event
+        self._keep = keep
+        self._best_metric = best_metric
+        self._best_mode: Literal["min", "max"] = best_mode
+        self._shard_bytes = shard_bytes
+        self._threads = threads
+        self._saver = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-save")
+        self._in_flight: Future[None] | None = None
+        self.failure: OSError | None = None
+        """Why the last save failed, None if it did not."""
+        self.committed_step: int | None = None
+        """The step of the newest checkpoint that this attempt committed or restored."""
+        self.last_save_s: float | None = None
+        """Seconds from the start of the last save to its commit."""
+        folder.mkdir(parents=True, exist_ok=True)
+
+    # --- saving ---------------------------------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        """A save is under way."""
+        return self._in_flight is not None and not self._in_flight.done()
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Begin to write a snapshot in the background; first waits for the save before it, if any.
+
+        The snapshot's buffers must not change until ``busy`` is False. A disk error is kept in ``failure`` and told by
+        an event; the next save is the retry.
+
+        Raises:
+            Fenced, CheckpointError: what the save before this one ran into, other than a disk error.
+        """
+        self.wait()
+        self._event("save_started", step=snapshot.step, bytes=snapshot.num_bytes)
+        self._in_flight = self._saver.submit(self._save, snapshot)
+
+    def wait(self) -> None:
+        """Block until no save is under way.
+
+        Raises:
+            Fenced, CheckpointError: what the save ran into, other than a disk error.
+        """
+        if self._in_flight is not None:
+            future, self._in_flight = self._in_flight, None
+            future.result()
+
+    def poll(self) -> None:
+        """Surface what a finished save ran into, without waiting. Called at every step."""
+        if self._in_flight is not None and self._in_flight.done():
+            self.wait()
+
+    def close(self) -> None:
+        """Wait for the last save and say if it failed. Called at exit.
+
+        Raises:
+            CheckpointError: the last save failed; what was committed before it stands.
+        """
+        try:
+            self.wait()
+        finally:
+            self._saver.shutdown()
+        if self.failure is not None:
+            raise CheckpointError(
+                f"the last checkpoint could not be written ({self.failure}); step {self.committed_step} is the newest "
+                f"committed one. Free space or mend the disk under {self.folder}, then resume"
+            ) from self.failure
+
+    def check_space(self, num_bytes: int) -> None:
+        """Refuse to start where one more checkpoint of that size would not fit.
+
+        Raises:
+            NoSpace: with figures.
+        """
+        free = shutil.disk_usage(self.folder).free
+        if free < num_bytes:
+            raise NoSpace(
+                f"a checkpoint needs about {num_bytes / 1e9:.3f} GB and {self.folder} has {free / 1e9:.3f} GB free: "
+                "free some space, or put the runs folder on another file system"
+            )
+
+    def _save(self, snapshot: Snapshot) -> None:
+        started = time.monotonic()
+        hidden = self.folder / f"{layout.SAVING_PREFIX}{self._token:04d}-{snapshot.step:08d}"
+        final = self.folder / step_name(snapshot.step)
+        try:
+            self._fence()
+            shutil.rmtree(hidden, ignore_errors=True)
+            self._write_and_commit(snapshot, hidden, final)
+            self.last_save_s = time.monotonic() - started
+            self.committed_step = snapshot.step
+            self._event("save_committed", step=snapshot.step, path=final.name, seconds=round(self.last_save_s, 4))
+            self._read_back(final)
+            self.failure = None
+            self._prune()
+        except OSError as error:
+            shutil.rmtree(hidden, ignore_errors=True)
+            self.failure = error
+            self._event(
+                "save_failed", step=snapshot.step, error=str(error), errno=errno.errorcode.get(error.errno or 0)
+            )
+        except BaseException:
+            shutil.rmtree(hidden, ignore_errors=True)
+            raise
+
+    def _write_and_commit(self, snapshot: Snapshot, hidden: Path, final: Path) -> None:
+        def describe(files: Mapping[str, Any], groups: Mapping[str, tuple[str, ...]]) -> Manifest:
+            return Manifest(
+                step=snapshot.step,
+                attempt=self._token,
+                created=time.time(),
+                version=self._version,
+                identity=self.identity,
+                metrics=dict(snapshot.metrics),
+                groups=groups,
+                files=files,
+            )
+
+        try:
+            writer.write_files(hidden, snapshot, describe, self._shard_bytes, self._threads)
+        except FileNotFoundError as error:  # a newer attempt swept our folder away
+            self._fence()
+            raise error
+        self._fence()
+        if final.exists() and not self._replaceable(final):
+            shutil.rmtree(hidden)
+            return
+        try:
+            os.rename(hidden, final)
+        except FileNotFoundError as error:
+            self._fence()
+            raise error
+        fsync_directory(self.folder)
+
+    def _replaceable(self, final: Path) -> bool:
+        """Whether the checkpoint that already has this name is bad; then it is moved away."""
+        try:
+            reader.verify(final, self._threads)
+        except (CheckpointCorrupt, CheckpointUnsafe) as error:
+            self.quarantine(final, str(error))
+            return True
+        return False
+
+    def _read_back(self, path: Path) -> None:
+        started = time.monotonic()
+        try:
+            reader.verify(path, self._threads)
+        except CheckpointCorrupt as error:
+            self.quarantine(path, str(error))
+            raise OSError(errno.EIO, f"the disk gave back other bytes than were written: {error}", str(path)) from error
+        self.mark_verified(path, seconds=time.monotonic() - started)
+
+    def mark_verified(self, path: Path, seconds: float) -> None:
+        """Record that the checkpoint was read back whole."""
+        if not reader.is_verified(path):
+            write_json(path / layout.VERIFIED, {"time": time.time(), "attempt": self._token})
+        self._event("save_verified", step=layout.parse_step_name(path.name), path=path.name, seconds=round(seconds, 4))
+
+    def _prune(self) -> None:
+        self._fence()
+        kept = []
+        for path in self.committed():
+            metric = None
+            if self._best_metric is not None:
+                try:
+                    metric = reader.read_manifest(path).metrics.get(self._best_metric)
+                except CheckpointError:
+                    continue  # not ours to judge here: restore quarantines it
+            step = layout.parse_step_name(path.name)
+            assert step is not None
+            kept.append(Kept(step, reader.is_verified(path), metric))
+        for step in to_delete(kept, self._keep, self._best_mode):
+            self._delete(self.folder / step_name(step))
+            self._event("checkpoint_pruned", step=step)
+
+    def _delete(self, path: Path) -> None:
+        """Out of sight by one rename, then gone: nobody sees half a checkpoint."""
+        hidden = path.with_name(f"{layout.DELETING_PREFIX}{self._token:04d}-{path.name}")
+        os.rename(path, hidden)
+        shutil.rmtree(hidden)
+
+    # --- recovering -----------------------------------------------------------------------------------------------
+
+    def sweep(self) -> None:
+        """Remove what older attempts left half done. Called once, by a new attempt, before ``restore``."""
+        for entry in os.listdir(self.folder):
+            saving = _SAVING.fullmatch(entry)
+            older = saving is not None and int(saving.group(1)) < self._token
+            if older or entry.startswith(layout.DELETING_PREFIX):
+                shutil.rmtree(self.folder / entry, ignore_errors=True)
+                self._event("swept", path=entry)
+
+    def committed(self) -> list[Path]:
+        """All committed checkpoints, oldest first."""
+        names = [n for n in os.listdir(self.folder) if layout.parse_step_name(n) is not None]
+        return [self.folder / n for n in sorted(names, key=lambda n: layout.parse_step_name(n) or 0)]
+
+    def restore(
+        self, skip: Collection[str] = (), attempting: Callable[[str], None] = lambda name: None
+    ) -> Loaded | None:
+        """Load the newest checkpoint that is whole; None where the run has never committed one. Blocks.
+
+        What does not verify is moved to quarantine and the next older one is taken.
+
+        Args:
+            skip: names of checkpoints that earlier attempts died of: taken only where no other can be used.
+            attempting: called with the name before each is read.
+
+        Raises:
+            NoUsableCheckpoint: there are checkpoints and none can be used. Never starts over in silence.
+            CheckpointTooNew: the newest was written by a newer program.
+        """
+        candidates = self.committed()
+        skipped = [path for path in candidates if path.name in skip]
+        for path in skipped:
+            self._event("checkpoint_skipped", path=path.name, reason="two attempts died while loading it")
+        rest = [path for path in candidates if path not in skipped]
+        for path in [*reversed(rest), *reversed(skipped)]:  # the suspicious ones only where nothing else is left
+            attempting(path.name)
+            loaded = self._load(path)
+            if loaded is not None:
+                self.committed_step = loaded.manifest.step
+                return loaded
+        quarantined = self._quarantined()
+        if candidates or quarantined:
+            raise NoUsableCheckpoint(
+                f"{self.folder} has {len(candidates)} checkpoints and {len(quarantined)} in quarantine, and none can "
+                "be used; the reasons are in `latentwire events`. Put a good copy of one back, or, to begin again at "
+                f"step 0, remove {self.folder}"
+            )
+        return None
+
+    def _load(self, path: Path) -> Loaded | None:
+        started = time.monotonic()
+        try:
+            for retry in stamina.retry_context(on=OSError, attempts=3, wait_initial=0.2, wait_max=2.0):
+                with retry:
+                    loaded = reader.load(path, self._threads)
+        except (CheckpointCorrupt, CheckpointUnsafe) as error:
+            self.quarantine(path, str(error))
+            return None
+        except OSError as error:
+            self._event("checkpoint_unreadable", path=path.name, error=str(error))
+            return None
+        if not reader.is_verified(path):
+            self.mark_verified(path, seconds=time.monotonic() - started)
+        return loaded
+
+    def quarantine(self, path: Path, reason: str) -> None:
+        """Move a bad checkpoint out of the way, kept for a look, never used again."""
+        self._fence()
+        place = self.folder / layout.QUARANTINE / f"{path.name}.attempt-{self._token:04d}-{time.time_ns()}"
+        place.parent.mkdir(exist_ok=True)
+        os.rename(path, place)
+        fsync_directory(self.folder)
+        self._event("checkpoint_quarantined", path=path.name, moved_to=str(place), reason=reason)
+
+    def _quarantined(self) -> list[str]:
+        folder = self.folder / layout.QUARANTINE
+        return os.listdir(folder) if folder.is_dir() else []

@@ -1,0 +1,343 @@
+"""Configs: typed models, YAML files with ``base:`` inheritance, and ``a.b=c`` overrides.
+
+A config resolves in this order, later wins: defaults here, the file's ``base:`` (recursively), the file, overrides.
+Unknown keys are errors that name their nearest neighbours. The part of a config that decides the result of a run is
+its *identity* (``seed``, ``workload``, ``train``); the rest may change between attempts without changing a bit.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import inspect
+import json
+import re
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import yaml
+from pydantic import Field
+
+from latentwire.errors import ConfigError
+from latentwire.target import options_model
+
+IDENTITY = ("seed", "workload", "train")
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(pydantic.BaseModel):
+    """Base of all config models: immutable, no unknown keys, defaults checked too."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class WorkloadSection(Section):
+    """What is trained."""
+
+    target: str
+    """``module:Class`` or ``file.py:Class`` of a Workload, or ``module:function`` taking a Session."""
+    options: dict[str, Any] = {}
+    """Given to the workload; checked by the ``Options`` model beside it."""
+
+
+class OptimizerSection(Section):
+    """AdamW."""
+
+    lr: Annotated[float, Field(gt=0)] = 3e-4
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+
+
+class ScheduleSection(Section):
+    """Linear warm-up, then cosine decay."""
+
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    min_lr_ratio: Fraction = 0.1
+    """The last learning rate over the highest."""
+
+
+class TrainSection(Section):
+    """The training loop. Every key here can change the result, so all of it is the run's identity."""
+
+    steps: Positive = 1000
+    """Optimizer steps in all."""
+    micro_batch: Positive = 8
+    """Samples in one forward pass."""
+    num_micro_batches: Positive = 1
+    """Micro-batches in one step, over all ranks: the global batch is their product."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """``auto``: bf16 where the GPU has it, else fp16 on a GPU, fp32 on a CPU."""
+    optimizer: OptimizerSection = OptimizerSection()
+    schedule: ScheduleSection = ScheduleSection()
+    grad_clip: Annotated[float, Field(gt=0)] | None = 1.0
+    """Clip the global gradient norm to this."""
+    exploding_grad_norm: Annotated[float, Field(gt=0)] | None = 1e4
+    """A step whose gradient norm is larger is recorded and skipped."""
+    max_skipped_steps: Annotated[int, Field(ge=0)] = 20
+    """So many non-finite or exploding steps may be skipped in a run; one more ends it."""
+    gradient_checkpointing: bool = False
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Keep an exponential moving average of the trainable weights."""
+    warmup_batches: Annotated[int, Field(ge=0)] = 1
+    """Forward and backward passes before the first step of an attempt that change nothing: they find out-of-memory
+    early and time a step, so that the first notice can be judged."""
+    eval_every: Positive | None = 200
+    """Evaluate after every so many steps and after the last."""
+    eval_batches: Positive = 16
+    cpu_threads: Positive = 2
+    """torch.set_num_threads of every rank. Sums on a CPU depend on it, so it never follows the machine."""
+    deterministic: bool = True
+    """torch.use_deterministic_algorithms: off, the same bits are not promised on a GPU."""
+
+    @pydantic.model_validator(mode="after")
+    def _warmup_fits(self) -> TrainSection:
+        if self.schedule.warmup_steps >= self.steps:
+            raise ValueError(
+                f"schedule.warmup_steps ({self.schedule.warmup_steps}) must be smaller than steps ({self.steps})"
+            )
+        return self
+
+
+class DataSection(Section):
+    """How samples are fetched; never which."""
+
+    workers: Annotated[int, Field(ge=0)] = 0
+    """DataLoader worker processes of each rank."""
+    prefetch: Positive = 2
+    """Micro-batches that each worker prepares ahead."""
+
+
+class CheckpointSection(Section):
+    """When checkpoints are made and which are kept."""
+
+    interval_s: Annotated[float, Field(gt=0)] | None = 300.0
+    interval_steps: Positive | None = None
+    """Also save after every so many steps."""
+    keep: Positive = 3
+    """So many verified checkpoints are kept, besides the best."""
+    best_metric: str | None = "eval/loss"
+    best_mode: Literal["min", "max"] = "min"
+    shard_mb: Positive = 2048
+    """A tensor file grows to about this size before the next is begun."""
+    threads: Positive = 4
+    """Files that are hashed and written side by side."""
+
+
+class PreemptionSection(Section):
+    """What a notice means."""
+
+    grace_s: Annotated[float, Field(gt=0)] = 120.0
+    """Seconds between a notice and the kill, where nothing better is known (Slurm's own figures come first)."""
+    save_signal: Literal["USR1", "USR2", "none"] = "USR1"
+    """This signal means: save and go on. USR2 otherwise means a notice."""
+
+
+class MonitorSection(Section):
+    """The monitor beside the ranks."""
+
+    interval_s: Annotated[float, Field(gt=0)] = 1.0
+
+
+class RetrySection(Section):
+    """How often a run is started again, by cause. Progress resets every count; preemptions never count."""
+
+    oom: Annotated[int, Field(ge=0)] = 5
+    """Out of memory: each time the micro-batch is halved and the global batch kept."""
+    network: Annotated[int, Field(ge=0)] = 5
+    network_backoff_s: Annotated[float, Field(gt=0)] = 5.0
+    """First pause after a network failure; doubles up to 300 s."""
+    other: Annotated[int, Field(ge=0)] = 3
+    lost: Annotated[int, Field(ge=0)] = 10
+    """Attempts that vanished without a word (SIGKILL, node failure) with no step gained since the last."""
+
+
+class ElasticSection(Section):
+    """Ranks and devices."""
+
+    num_ranks: Positive = 1
+    """Ranks of an attempt. The bits of the result do not depend on it."""
+
+
+class SchedulerSection(Section):
+    """Where jobs go."""
+
+    kind: Literal["auto", "local", "slurm"] = "auto"
+    """``auto``: slurm where sbatch is found, else local."""
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    time_min: Positive = 240
+    gpus: Annotated[int, Field(ge=0)] | None = None
+    """GPUs a job. None: all visible ones locally, one under Slurm."""
+    cpus: Positive = 8
+    mem_gb: Positive | None = None
+    extra: dict[str, str | int | bool] = {}
+    """Any other sbatch option, long name with underscores: ``{constraint: h100}``."""
+
+
+class Config(Section):
+    """A resolved config: all that an experiment is."""
+
+    name: str
+    """Names the run: its directory is runs/experiment_<name>."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    workload: WorkloadSection
+    train: TrainSection = TrainSection()
+    data: DataSection = DataSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    preemption: PreemptionSection = PreemptionSection()
+    monitor: MonitorSection = MonitorSection()
+    retry: RetrySection = RetrySection()
+    elastic: ElasticSection = ElasticSection()
+    scheduler: SchedulerSection = SchedulerSection()
+
+    @pydantic.field_validator("name")
+    @classmethod
+    def _name_is_a_folder(cls, name: str) -> str:
+        if not RUN_NAME.fullmatch(name) or ".." in name:
+            raise ValueError(
+                f"{name!r} cannot name a folder: use letters, digits, '.', '_' and '-', no slash, no '..', "
+                "beginning with a letter or digit, at most 100"
+            )
+        return name
+
+    def to_yaml(self) -> str:
+        """The whole config with every default, as YAML that loads back to an equal config."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+    def identity(self) -> dict[str, Any]:
+        """The part that decides the result."""
+        return self.model_dump(mode="json", include=set(IDENTITY))
+
+    def digest(self) -> str:
+        """SHA-256 of the identity, the same on any machine."""
+        canonical = json.dumps(self.identity(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def load_config(path: Path | str, overrides: Iterable[str] = ()) -> Config:
+    """Read a YAML file with its bases, apply ``a.b=c`` overrides, check everything.
+
+    The workload's module is imported for its ``Options``; torch is not, unless that module imports it.
+
+    Raises:
+        ConfigError: any mistake, with the file, the key and the nearest valid keys.
+    """
+    path = Path(path)
+    tree = _read_with_bases(path, ())
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree, where=str(path))
+
+
+def parse_config(tree: Mapping[str, Any], where: str) -> Config:
+    """Check a plain tree; ``where`` names it in errors."""
+    try:
+        config = Config.model_validate(tree)
+    except pydantic.ValidationError as error:
+        raise ConfigError(_explain(error, Config, where)) from None
+    model = options_model(config.workload.target)
+    if model is None:
+        return config
+    try:
+        options = model.model_validate(config.workload.options).model_dump(mode="json")
+    except pydantic.ValidationError as error:
+        raise ConfigError(_explain(error, model, where, prefix="workload.options.")) from None
+    return config.model_copy(update={"workload": config.workload.model_copy(update={"options": options})})
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Lines ``key: old -> new`` for every leaf that differs between two trees."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        lines = []
+        for key in [*old, *(k for k in new if k not in old)]:
+            lines += differences(old.get(key, "(absent)"), new.get(key, "(absent)"), f"{prefix}{key}.")
+        return lines
+    return [] if old == new else [f"{prefix.rstrip('.')}: {old} -> {new}"]
+
+
+def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: its base: leads back to itself ({' -> '.join(p.name for p in seen)})")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        there = ", ".join(sorted(p.name for p in path.parent.glob("*.yaml"))) or "no YAML file"
+        raise ConfigError(f"there is no config {path}; {path.parent} has: {there}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: a config is a mapping of keys to values, not {type(tree).__name__}")
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base: takes the name of one file, not {base!r}")
+    return _merge(_read_with_bases(path.parent / base, (*seen, path.resolve())), tree)
+
+
+def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        both_maps = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(dict(merged[key]), value) if both_maps else value
+    return merged
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    path, separator, text = override.partition("=")
+    keys = path.split(".")
+    if not separator or not all(keys):
+        raise ConfigError(f"override {override!r} is not of the form a.b=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from None
+    node = tree
+    for key in keys[:-1]:
+        child = node.get(key)
+        node[key] = dict(child) if isinstance(child, Mapping) else {}
+        node = node[key]
+    node[keys[-1]] = value
+
+
+def _explain(error: pydantic.ValidationError, model: type[pydantic.BaseModel], where: str, prefix: str = "") -> str:
+    lines = []
+    for item in error.errors(include_url=False):
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            lines.append(f"  {prefix}{key}: unknown key{_neighbours(model, key, prefix)}")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            lines.append(f"  {prefix}{key}: {message} (got {str(item['input'])[:80]!r})")
+    return f"{where}:\n" + "\n".join(lines)
+
+
+def _neighbours(model: type[pydantic.BaseModel], key: str, prefix: str) -> str:
+    paths = list(_all_paths(model))
+    parent, _, leaf = key.rpartition(".")
+    near = difflib.get_close_matches(key, paths, n=3, cutoff=0.6)
+    near += [p for p in paths if p.rpartition(".")[2] == leaf and p not in near]
+    if near:
+        return f"; did you mean {' or '.join(prefix + p for p in near[:3])}?"
+    siblings = [p.rpartition(".")[2] for p in paths if p.rpartition(".")[0] == parent]
+    return f"; valid here: {', '.join(siblings)}" if siblings else ""
+
+
+def _all_paths(model: type[pydantic.BaseModel], prefix: str = "") -> Iterable[str]:
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        for inner in _models_in(field.annotation):
+            yield from _all_paths(inner, f"{prefix}{name}.")
+
+
+def _models_in(annotation: Any) -> list[type[pydantic.BaseModel]]:
+    inner = [m for part in typing.get_args(annotation) for m in _models_in(part)]
+    return [annotation] if inspect.isclass(annotation) and issubclass(annotation, pydantic.BaseModel) else inner

@@ -1,0 +1,1 @@
+"""Notices of preemption: recorded by a handler, acted on at boundaries."""

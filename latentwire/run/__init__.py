@@ -1,0 +1,1 @@
+"""A run on disk: its directory, its attempts, its journals. Everything that meets another process meets it here."""

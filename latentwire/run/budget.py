@@ -1,0 +1,98 @@
+"""Whether a run is started again, read from its attempts on disk, so that every process comes to the same answer."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from typing import TYPE_CHECKING
+
+from latentwire.run.directory import Attempt, Run
+from latentwire.run.journal import read_journal
+
+if TYPE_CHECKING:
+    from latentwire.config import RetrySection
+
+_LONGEST_PAUSE_S = 300.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """How an attempt ended.
+
+    Attributes:
+        outcome: ``finished``, ``preempted``, ``interrupted`` (INT), ``cancelled``, ``fenced``, ``failed``, or ``lost``:
+            it ended without a word.
+        cause: of a failure: ``oom``, ``network``, ``killed``, ``user`` (would fail again) or ``other``.
+        step: completed steps that are safe on disk.
+        error: in words.
+    """
+
+    outcome: str
+    cause: str | None = None
+    step: int | None = None
+    error: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Move:
+    """Whether there is to be another attempt, after which pause, and why."""
+
+    again: bool
+    pause_s: float
+    reason: str
+
+
+def verdict_of(attempt: Attempt) -> Verdict:
+    """The agent's last word, or ``lost``. Ask only for attempts that are not running."""
+    record = attempt.ended()
+    if record is None:
+        return Verdict("lost", error="it ended without a word (SIGKILL, node failure or the like)")
+    return Verdict(str(record.get("outcome")), record.get("cause"), record.get("step"), record.get("error"))
+
+
+def committed_step(attempt: Attempt) -> int:
+    """The highest step that the attempt committed, 0 if none."""
+    records = read_journal(attempt.path / "events.rank0.jsonl")
+    return max((int(r["step"]) for r in records if r.get("event") == "save_committed"), default=0)
+
+
+def num_halvings(run: Run) -> int:
+    """How often the run went out of memory: so often its micro-batch is halved."""
+    return sum(verdict_of(attempt).cause == "oom" for attempt in run.attempts())
+
+
+def next_move(run: Run, retry: RetrySection) -> Move:
+    """What follows the newest attempt, which must have ended. A step gained sets all counts to zero."""
+    counts: collections.Counter[str] = collections.Counter()
+    best = 0
+    verdict = Verdict("none")
+    for attempt in run.attempts():
+        verdict = verdict_of(attempt)
+        step = committed_step(attempt)
+        if step > best:
+            best = step
+            counts.clear()
+        counts[_budget_of(verdict)] += 1
+    return _move(verdict, counts, retry)
+
+
+def _budget_of(verdict: Verdict) -> str:
+    if verdict.outcome == "lost" or verdict.cause == "killed":
+        return "lost"
+    return verdict.cause or verdict.outcome
+
+
+def _move(verdict: Verdict, counts: collections.Counter[str], retry: RetrySection) -> Move:
+    if verdict.outcome in ("none", "preempted"):
+        return Move(True, 0.0, "not started yet" if verdict.outcome == "none" else "preempted")
+    if verdict.outcome not in ("failed", "lost"):
+        return Move(False, 0.0, verdict.outcome)
+    budget = _budget_of(verdict)
+    if budget == "user":
+        return Move(False, 0.0, f"would fail again: {verdict.error}")
+    allowed = {"oom": retry.oom, "network": retry.network, "lost": retry.lost}.get(budget, retry.other)
+    used = counts[budget]
+    if used > allowed:
+        return Move(False, 0.0, f"{used} times {budget} without a step gained, {allowed} allowed: {verdict.error}")
+    pause = min(_LONGEST_PAUSE_S, retry.network_backoff_s * 2 ** (used - 1)) if budget == "network" else 0.0
+    return Move(True, pause, f"{budget}, {used} of {allowed}: {verdict.error}")

@@ -1,0 +1,245 @@
+"""The directory of a run, and of each of its attempts.
+
+::
+
+    runs/experiment_<name>/
+      config.yaml                  the resolved config
+      orchestrator.json            who submits jobs for it (a lease)
+      events.orchestrator.jsonl    what was submitted, seen and decided
+      cancel.json                  present: do not start it again
+      attempts/0003/               claimed by an exclusive rename: the number is the fencing token
+        attempt.json               job id, host, pid
+        events.agent.jsonl  events.rank0.jsonl  metrics.jsonl  gpu_stats.jsonl
+        stdout.log  stderr.log  environment.json  placement.json  rank0.json
+      checkpoints/step-00001200/   see latentwire.checkpoint
+      metrics.json  gpu_stats.json roll-ups over all attempts
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import re
+import shutil
+import time
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from latentwire.errors import Fenced, RunConflict, RunError, RunNotFound
+from latentwire.run.atomic import fsync_directory, read_json, write_json, write_text
+from latentwire.run.journal import read_journal
+from latentwire.run.process import ProcessIdentity
+
+if TYPE_CHECKING:
+    from latentwire.config import Config
+
+PREFIX = "experiment_"
+_ATTEMPT = re.compile(r"\d{4,}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """An experiment and its directory. Cheap: holds a path and reads the disk when asked."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The name in the config."""
+        return self.path.name.removeprefix(PREFIX)
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def cancel_path(self) -> Path:
+        """Present while the run must not be started again."""
+        return self.path / "cancel.json"
+
+    @property
+    def lease_path(self) -> Path:
+        """Names the orchestrator that looks after the run."""
+        return self.path / "orchestrator.json"
+
+    @property
+    def orchestrator_events(self) -> Path:
+        """The orchestrator's own journal."""
+        return self.path / "events.orchestrator.jsonl"
+
+    def config(self) -> Config:
+        """The run's resolved config.
+
+        Raises:
+            ConfigError, RunError: it is missing or was damaged.
+        """
+        import yaml  # with pydantic it takes longer than all of `latentwire status`, which needs neither
+
+        from latentwire.config import parse_config
+
+        path = self.path / "config.yaml"
+        try:
+            tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+            raise RunError(f"{path} cannot be read ({error}); submit the run's config again to write it anew") from None
+        return parse_config(tree, where=str(path))
+
+    def attempts(self) -> list[Attempt]:
+        """All attempts, oldest first."""
+        try:
+            names = [n for n in os.listdir(self.path / "attempts") if _ATTEMPT.fullmatch(n)]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return [Attempt(self, number) for number in sorted(map(int, names))]
+
+    def claim_attempt(self, job_id: str, scheduler: str) -> Attempt:
+        """Start a new attempt: its number is larger than any other's, and only ours. Called by the agent.
+
+        The folder appears by one rename, with attempt.json inside: it is never seen empty, and a rename onto a folder
+        that is not empty fails, so that of two claims of a number one goes on to the next.
+        """
+        parent = self.path / "attempts"
+        parent.mkdir(exist_ok=True)
+        aside = parent / f".claim-{uuid.uuid4().hex[:12]}"
+        aside.mkdir()
+        number = self.newest_number() + 1
+        while True:
+            identity = {"number": number, "job_id": job_id, "scheduler": scheduler, "claimed": time.time()}
+            write_json(aside / "attempt.json", identity | {"agent": dataclasses.asdict(ProcessIdentity.of())})
+            try:
+                os.rename(aside, parent / f"{number:04d}")
+                break
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    shutil.rmtree(aside, ignore_errors=True)
+                    raise
+                number += 1
+        fsync_directory(parent)
+        return Attempt(self, number)
+
+    def deadly_checkpoints(self) -> set[str]:
+        """Names of checkpoints that two attempts or more began to load and were not heard of again."""
+        names = [attempt.restoring() for attempt in self.attempts()]
+        return {name for name in names if name is not None and names.count(name) >= 2}
+
+    def newest_number(self) -> int:
+        """The highest attempt number so far, 0 before the first."""
+        attempts = self.attempts()
+        return attempts[-1].number if attempts else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """One start of a run."""
+
+    run: Run
+    number: int
+
+    @property
+    def path(self) -> Path:
+        """The attempt's folder."""
+        return self.run.path / "attempts" / f"{self.number:04d}"
+
+    def record(self) -> dict[str, Any]:
+        """attempt.json: job id, scheduler, agent; empty if it cannot be read."""
+        record = read_json(self.path / "attempt.json")
+        return record if isinstance(record, dict) else {}
+
+    def agent(self) -> ProcessIdentity | None:
+        """The process that runs the attempt."""
+        return ProcessIdentity.from_json(self.record().get("agent"))
+
+    def is_newest(self) -> bool:
+        """False once a newer attempt has been claimed."""
+        return self.run.newest_number() == self.number
+
+    def assert_newest(self) -> None:
+        """The fence: called right before anything that readers will believe.
+
+        Raises:
+            Fenced: a newer attempt exists.
+        """
+        newest = self.run.newest_number()
+        if newest != self.number:
+            raise Fenced(
+                f"attempt {self.number} of {self.run.name} was superseded by attempt {newest}: it commits nothing more"
+            )
+
+    def mark_restoring(self, checkpoint: str) -> None:
+        """Say which checkpoint is about to be loaded. A mark that is never taken back means: died of it."""
+        write_json(self.path / "restoring.json", {"checkpoint": checkpoint})
+
+    def unmark_restoring(self) -> None:
+        """The load is over, or was given up politely."""
+        (self.path / "restoring.json").unlink(missing_ok=True)
+
+    def restoring(self) -> str | None:
+        """The checkpoint under the mark."""
+        record = read_json(self.path / "restoring.json")
+        return record.get("checkpoint") if isinstance(record, dict) else None
+
+    def events(self) -> list[dict[str, Any]]:
+        """The events of all its writers, in order of time; each has ``attempt`` and ``writer``."""
+        merged = []
+        for path in sorted(self.path.glob("events.*.jsonl")):
+            writer = path.name.split(".")[1]
+            merged += [record | {"attempt": self.number, "writer": writer} for record in read_journal(path)]
+        return sorted(merged, key=lambda record: float(record.get("time", 0)))
+
+    def ended(self) -> dict[str, Any] | None:
+        """The agent's last word on how the attempt ended, or None: still running, or lost without a word."""
+        ends = [r for r in read_journal(self.path / "events.agent.jsonl") if r.get("event") == "attempt_ended"]
+        return ends[-1] if ends else None
+
+
+def open_run(name_or_path: str, runs_dir: Path) -> Run:
+    """The run of that name, directory name or path.
+
+    Raises:
+        RunNotFound: there is none; names those that there are.
+    """
+    for path in (Path(name_or_path), runs_dir / name_or_path, runs_dir / f"{PREFIX}{name_or_path}"):
+        if (path / "config.yaml").is_file():
+            return Run(path.absolute())
+    names = ", ".join(run.name for run in list_runs(runs_dir))
+    raise RunNotFound(f"there is no run {name_or_path!r} in {runs_dir.absolute()}; it has: {names or 'none yet'}")
+
+
+def list_runs(runs_dir: Path) -> list[Run]:
+    """All runs in a folder, by name."""
+    try:
+        names = sorted(n for n in os.listdir(runs_dir) if n.startswith(PREFIX))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [Run((runs_dir / n).absolute()) for n in names if (runs_dir / n / "config.yaml").is_file()]
+
+
+def create_run(config: Config, runs_dir: Path) -> Run:
+    """The run of a config: made, or found if it is there. Called by the orchestrator, which must hold no other.
+
+    An existing run must have the same identity; settings that cannot change the result are taken from ``config``.
+
+    Raises:
+        RunConflict: the directory belongs to a config that gives another result; the message shows the difference.
+    """
+    from latentwire.config import differences
+
+    run = Run((runs_dir / f"{PREFIX}{config.name}").absolute())
+    run.path.mkdir(parents=True, exist_ok=True)
+    path = run.path / "config.yaml"
+    if path.exists():
+        existing = run.config()
+        changed = differences(existing.identity(), config.identity())
+        if changed:
+            raise RunConflict(
+                f"{run.path} was made by another config:\n  "
+                + "\n  ".join(changed)
+                + f"\ngive this one another name (name={config.name}-2), or remove the directory if it is not needed"
+            )
+        if existing == config:
+            return run
+    write_text(path, config.to_yaml())
+    return run

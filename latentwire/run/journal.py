@@ -1,0 +1,158 @@
+"""Append-only JSONL files with one writer each, and readers that nothing upsets.
+
+A line is written by one ``write`` call on an ``O_APPEND`` descriptor. A writer that is killed in mid-line leaves a half
+line, which every reader skips and the next writer closes.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+_TAIL_BYTES = 64 * 1024
+_MOST_UNWRITTEN = 10_000
+
+
+class Journal:
+    """The one writer of a JSONL file. Never fails for the disk's sake: work must go on while a disk is full.
+
+    Events are few and are kept until they can be written; plain records are many, and one that cannot be written is
+    dropped, counted, and told of by a ``records_lost`` event once the disk takes lines again. Thread-safe.
+
+    Args:
+        path: the file; made if missing.
+        clock: seconds since the epoch, for the ``time`` of each line.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
+        self.path = path
+        self._clock = clock
+        self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        size = os.fstat(self._descriptor).st_size
+        self._torn = size > 0 and os.pread(self._descriptor, 1, size - 1) != b"\n"
+        self._unwritten: collections.deque[dict[str, Any]] = collections.deque(maxlen=_MOST_UNWRITTEN)
+        self._num_lost = 0
+        self._failure = ""
+        self._lock = threading.Lock()
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Write ``{"time", "event", ...}`` now or, if the disk refuses, before the next line that it takes."""
+        with self._lock:
+            self._unwritten.append({"time": self._now(), "event": name, **fields})
+            self._write_events()
+
+    def record(self, **fields: Any) -> None:
+        """Write ``{"time", ...}``, or count it as lost."""
+        with self._lock:
+            if not (self._write_events() and self._write({"time": self._now(), **fields})):
+                self._num_lost += 1
+            elif self._num_lost:
+                loss = {"num_records": self._num_lost, "reason": self._failure}
+                self._unwritten.append({"time": self._now(), "event": "records_lost", **loss})
+                self._num_lost = 0
+                self._write_events()
+
+    def sync(self) -> None:
+        """Wait until all that was written is on the disk."""
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Close the file; every line written is already with the kernel."""
+        os.close(self._descriptor)
+
+    def _now(self) -> float:
+        return round(self._clock(), 3)
+
+    def _write_events(self) -> bool:
+        while self._unwritten and self._write(self._unwritten[0]):
+            self._unwritten.popleft()
+        return not self._unwritten
+
+    def _write(self, fields: dict[str, Any]) -> bool:
+        line = (json.dumps(_strict(fields), allow_nan=False) + "\n").encode()
+        data = b"\n" + line if self._torn else line  # the rest of a torn line must not swallow this one too
+        try:
+            num_written = os.write(self._descriptor, data)
+        except OSError as error:
+            self._failure = os.strerror(error.errno or 0)
+            return False
+        self._torn = num_written < len(data)
+        if self._torn:
+            self._failure = "the disk took only a part of a line"
+        return not self._torn
+
+
+def read_journal(path: Path) -> Iterator[dict[str, Any]]:
+    """All whole records of a file in order; a missing file has none, half-written or foreign lines are skipped."""
+    try:
+        with open(path, "rb") as file:
+            for line in file:
+                record = _parse(line)
+                if record is not None:
+                    yield record
+    except (FileNotFoundError, NotADirectoryError):
+        return
+
+
+def last_record(path: Path, key: str = "time") -> dict[str, Any] | None:
+    """The last whole record that has ``key``, looked for in the end of the file only."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _TAIL_BYTES))
+            lines = file.read().splitlines(keepends=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return next((r for r in map(_parse, reversed(lines)) if r is not None and key in r), None)
+
+
+class Follower:
+    """Reads what was appended to a file since the last call; a file that does not exist yet has nothing.
+
+    Only whole lines are returned: the half line at the end is read again next time.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._offset = 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """New whole records since the last call. Does not block."""
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self._offset)
+                data = file.read()
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        whole, newline, _ = data.rpartition(b"\n")
+        self._offset += len(whole) + len(newline)
+        return [r for r in map(_parse, whole.split(b"\n")) if r is not None]
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _strict(value: Any) -> Any:
+    """NaN and infinities as strings: JSON has no word for them and other languages' readers would stop."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {str(k): _strict(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(v) for v in value]
+    return value

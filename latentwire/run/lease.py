@@ -1,0 +1,80 @@
+"""A run has one orchestrator at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from latentwire.errors import RunBusy
+from latentwire.run.atomic import read_json, write_json
+from latentwire.run.process import ProcessIdentity
+
+STALE_AFTER_S = 180.0
+
+
+class Lease:
+    """The right to submit jobs for a run: a file that names its holder, renewed while it is held.
+
+    A holder on this host is judged by its process, a holder on another host by its last renewal. The small window of
+    taking over is closed by a file lock; where the file system has none, the attempts' fencing tokens still keep two
+    jobs of one run from both committing.
+
+    Args:
+        path: the lease file.
+        clock: seconds since the epoch.
+    """
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
+        self.path = path
+        self._clock = clock
+        self._me = ProcessIdentity.of()
+
+    def acquire(self) -> None:
+        """Take the lease, from nobody, from ourselves or from a dead holder. Does not wait.
+
+        Raises:
+            RunBusy: a living orchestrator holds it.
+        """
+        with self._lock():
+            holder = self.holder()
+            if holder not in (None, self._me):
+                assert holder is not None
+                raise RunBusy(
+                    f"{self.path.parent.name} is held by the orchestrator with pid {holder.pid} on {holder.host}; "
+                    f"stop that one first (kill -TERM {holder.pid}), or look on with: latentwire status"
+                )
+            self.renew()
+
+    def renew(self) -> None:
+        """Say that we are still here; at least once a minute."""
+        write_json(self.path, {"holder": dataclasses.asdict(self._me), "renewed": self._clock()})
+
+    def release(self) -> None:
+        """Give the lease back if it is ours."""
+        if self.holder() == self._me:
+            self.path.unlink(missing_ok=True)
+
+    def holder(self) -> ProcessIdentity | None:
+        """The living holder, or None."""
+        record = read_json(self.path)
+        holder = ProcessIdentity.from_json(record.get("holder")) if isinstance(record, dict) else None
+        if holder is None:
+            return None
+        alive = holder.is_alive()
+        if alive is None:
+            alive = self._clock() - float(record.get("renewed", 0)) < STALE_AFTER_S
+        return holder if alive else None
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        descriptor = os.open(self.path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)

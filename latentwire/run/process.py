@@ -1,0 +1,64 @@
+"""Who a process is, so that a pid that was given to somebody else is never mistaken for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import socket
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessIdentity:
+    """A process for all time: host, pid, and when it started (unix seconds)."""
+
+    host: str
+    pid: int
+    started: float
+
+    @classmethod
+    def of(cls, pid: int | None = None) -> ProcessIdentity:
+        """The identity of a living process of this host, by default our own.
+
+        Raises:
+            ProcessLookupError: there is no such process.
+        """
+        import psutil  # 30 ms: only where a process is looked at
+
+        pid = os.getpid() if pid is None else pid
+        try:
+            return cls(socket.gethostname(), pid, psutil.Process(pid).create_time())
+        except psutil.NoSuchProcess:
+            raise ProcessLookupError(f"there is no process {pid} on {socket.gethostname()}") from None
+
+    @classmethod
+    def from_json(cls, value: Any) -> ProcessIdentity | None:
+        """Read what ``dataclasses.asdict`` wrote; None for anything else."""
+        try:
+            return cls(str(value["host"]), int(value["pid"]), float(value["started"]))
+        except (TypeError, KeyError, ValueError):
+            return None
+
+    def is_alive(self) -> bool | None:
+        """True or False on its own host; None on any other, where nobody can tell."""
+        if self.host != socket.gethostname():
+            return None
+        import psutil
+
+        try:
+            process = psutil.Process(self.pid)
+            same = abs(process.create_time() - self.started) < 1.0
+            return same and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+        except psutil.NoSuchProcess:
+            return False
+
+    def send(self, signum: signal.Signals) -> bool:
+        """Send a signal; False where the process is gone, lives elsewhere or only shares the pid."""
+        if not self.is_alive():
+            return False
+        try:
+            os.kill(self.pid, signum)
+        except ProcessLookupError:
+            return False
+        return True

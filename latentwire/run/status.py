@@ -1,0 +1,208 @@
+"""What a person wants to know of a run, folded from its files. Reads only; light enough for `latentwire status`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from typing import Any
+
+from latentwire.run.budget import verdict_of
+from latentwire.run.directory import Attempt, Run
+from latentwire.run.journal import last_record, read_journal
+
+HEARTBEAT_S = 90.0
+"""On another host an attempt counts as alive while its monitor wrote within so many seconds."""
+STALLED_S = 900.0
+"""No step for so long is a stall."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunStatus:
+    """A run at a glance. Times in seconds since the epoch, durations in seconds; None: not known (yet).
+
+    Attributes:
+        state: PENDING, RUNNING, STALLED, PREEMPTED, LOST, FAILED, STOPPED, CANCELLED or DONE.
+        phase: of a running attempt: starting, building, restoring, warming up, training, evaluating, saving, draining.
+        attempt: number of the newest attempt, 0 before the first.
+        num_preemptions: attempts that ended preempted.
+        num_lost: attempts that ended without a word.
+        step, total_steps: completed and wanted.
+        loss: of the last step.
+        samples_per_s: of the last step.
+        eta_s: at the present pace.
+        committed_step: newest step that this run committed.
+        verified_at: when the newest verified checkpoint was verified.
+        job_id: of the newest attempt.
+        reason: why it is not running.
+        weights_sha256: of the finished run.
+    """
+
+    name: str
+    path: str
+    state: str
+    phase: str | None
+    attempt: int
+    num_preemptions: int
+    num_lost: int
+    step: int
+    total_steps: int | None
+    loss: float | None
+    samples_per_s: float | None
+    eta_s: float | None
+    committed_step: int | None
+    verified_at: float | None
+    job_id: str | None
+    reason: str | None
+    weights_sha256: str | None
+
+    def to_json(self) -> str:
+        """One JSON object."""
+        return json.dumps(dataclasses.asdict(self))
+
+
+def run_status(run: Run, now: float | None = None) -> RunStatus:
+    """Fold a run's files into its status. Does not block; upset by no half-written or missing file."""
+    now = time.time() if now is None else now
+    attempts = run.attempts()
+    facts = _Facts()
+    for attempt in attempts:
+        facts.take(attempt)
+    newest = attempts[-1] if attempts else None
+    alive = newest is not None and newest.ended() is None and is_alive(newest, now)
+    verdicts = [verdict_of(a) for a in attempts if not (alive and a is newest)]
+    state, reason = _state(run, alive, [v.outcome for v in verdicts], facts, now)
+    if reason is None and verdicts and state not in ("RUNNING", "STALLED", "DONE"):
+        reason = verdicts[-1].error
+    return RunStatus(
+        name=run.name,
+        path=str(run.path),
+        state=state,
+        phase=facts.phase if alive else None,
+        attempt=newest.number if newest else 0,
+        num_preemptions=sum(v.outcome == "preempted" for v in verdicts),
+        num_lost=sum(v.outcome == "lost" for v in verdicts),
+        step=facts.step,
+        total_steps=facts.total_steps,
+        loss=facts.loss,
+        samples_per_s=facts.samples_per_s if alive else None,
+        eta_s=facts.eta_s() if alive else None,
+        committed_step=facts.committed_step,
+        verified_at=facts.verified_at,
+        job_id=newest.record().get("job_id") if newest else _submitted_job(run),
+        reason=reason,
+        weights_sha256=facts.weights_sha256 if state == "DONE" else None,
+    )
+
+
+def is_alive(attempt: Attempt, now: float) -> bool:
+    """Whether the attempt's agent runs: its process on this host, else the age of the monitor's last line."""
+    agent = attempt.agent()
+    alive = agent.is_alive() if agent is not None else False
+    if alive is not None:
+        return alive
+    try:
+        last_write = os.stat(attempt.path / "gpu_stats.jsonl").st_mtime
+    except OSError:
+        last_write = float(attempt.record().get("claimed", 0))
+    return now - last_write < HEARTBEAT_S
+
+
+_PHASES = {
+    "attempt_started": "starting",
+    "placed": "building",
+    "workload_built": "restoring",
+    "restored": "restored",
+    "warmup_started": "warming up",
+    "training_started": "training",
+    "evaluation_started": "evaluating",
+    "evaluation_finished": "training",
+    "notice": "draining",
+    "training_finished": "finishing",
+}
+
+
+class _Facts:
+    """What the attempts' files say, the newest last."""
+
+    def __init__(self) -> None:
+        self.phase: str | None = None
+        self.step = 0
+        self.total_steps: int | None = None
+        self.loss: float | None = None
+        self.samples_per_s: float | None = None
+        self.step_s: float | None = None
+        self.last_step_at: float | None = None
+        self.committed_step: int | None = None
+        self.verified_at: float | None = None
+        self.weights_sha256: str | None = None
+
+    def take(self, attempt: Attempt) -> None:
+        for event in attempt.events():
+            self._take_event(event)
+        record = last_record(attempt.path / "metrics.jsonl", key="loss")
+        if record is None:
+            return
+        self.step = int(record.get("step", self.step))
+        self.loss = _number(record.get("loss", self.loss))
+        self.samples_per_s = _number(record.get("samples_per_s", self.samples_per_s))
+        self.step_s = _number(record.get("step_s", self.step_s))
+        self.last_step_at = _number(record.get("time"))
+
+    def _take_event(self, event: dict[str, Any]) -> None:
+        name = event.get("event")
+        self.phase = _PHASES.get(str(name), self.phase)
+        if name == "attempt_started":
+            self.last_step_at = _number(event.get("time"))
+        if name in ("attempt_started", "training_started") and event.get("total_steps") is not None:
+            self.total_steps = int(event["total_steps"])
+        elif name == "restored":
+            self.step = int(event["step"])
+        elif name == "save_committed":
+            self.committed_step = int(event["step"])
+        elif name == "save_verified":
+            self.verified_at = _number(event.get("time"))
+        elif name == "training_finished":
+            self.step, self.weights_sha256 = int(event["step"]), event.get("weights_sha256")
+
+    def eta_s(self) -> float | None:
+        if self.total_steps is None or self.step_s is None:
+            return None
+        return max(0, self.total_steps - self.step) * self.step_s
+
+
+def _state(run: Run, alive: bool, outcomes: list[str], facts: _Facts, now: float) -> tuple[str, str | None]:
+    if alive:
+        stalled = facts.last_step_at is not None and now - facts.last_step_at > STALLED_S
+        return ("STALLED", f"no step for {now - (facts.last_step_at or now):.0f} s") if stalled else ("RUNNING", None)
+    last = outcomes[-1] if outcomes else None
+    if last == "finished":
+        return "DONE", None
+    if run.cancel_path.exists():
+        return "CANCELLED", "cancelled by hand"
+    given_up = _given_up(run)
+    if given_up is not None:
+        return "FAILED", given_up
+    if last is None:
+        return "PENDING", "not started yet"
+    words = {"preempted": "PREEMPTED", "interrupted": "STOPPED", "cancelled": "CANCELLED", "lost": "LOST"}
+    return words.get(last, "FAILED"), None
+
+
+def _given_up(run: Run) -> str | None:
+    """The reason, where the orchestrator's last word was that it starts the run no more."""
+    record = last_record(run.orchestrator_events)
+    return str(record.get("reason")) if record is not None and record.get("event") == "given_up" else None
+
+
+def _submitted_job(run: Run) -> str | None:
+    jobs = [r for r in read_journal(run.orchestrator_events) if r.get("event") == "submitted"]
+    return str(jobs[-1].get("job_id")) if jobs else None
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return None if value is None else float(value)
+    except (TypeError, ValueError):
+        return None

@@ -1,0 +1,1 @@
+"""Jobs: submitting them through submitit, running them, asking after them. submitit lives here."""

@@ -1,0 +1,142 @@
+"""Submitting a run's job through submitit, in a process of its own.
+
+``python -m latentwire.scheduler.submission RUN_PATH N`` submits and writes ``jobs/<n>.json``. The orchestrator starts it
+in a new session: a local job must not hear the Ctrl-C that its orchestrator gets, and must outlive it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from latentwire.config import SchedulerSection
+from latentwire.errors import ConfigError, SchedulerError
+from latentwire.run.atomic import read_json, write_json
+from latentwire.run.directory import Run
+from latentwire.run.process import ProcessIdentity
+
+_YEAR_MIN = 60 * 24 * 365
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A submitted job. ``controller``: the process that a local job lives in."""
+
+    number: int
+    job_id: str
+    scheduler: str
+    submitted: float
+    controller: ProcessIdentity | None
+
+    def is_alive(self) -> bool | None:
+        """Whether a local job's controller runs; None where that cannot be told from here."""
+        return None if self.controller is None else self.controller.is_alive()
+
+
+def scheduler_kind(section: SchedulerSection) -> str:
+    """``local`` or ``slurm``; ``auto`` is decided by whether sbatch is there.
+
+    Raises:
+        ConfigError: slurm was asked for and there is no sbatch.
+    """
+    found = shutil.which("sbatch") is not None
+    if section.kind == "slurm" and not found:
+        raise ConfigError("scheduler.kind is slurm and there is no sbatch on PATH: log in to the cluster, or use local")
+    return section.kind if section.kind != "auto" else ("slurm" if found else "local")
+
+
+def submit(run: Run) -> Job:
+    """Submit one job for the run. Called by the orchestrator that holds the run's lease. Blocks for about a second.
+
+    Raises:
+        SchedulerError: submitit or the scheduler refused; the message carries what it said.
+    """
+    number = len(list_jobs(run)) + 1
+    log = run.path / "submitit" / f"submission-{number:04d}.log"
+    log.parent.mkdir(exist_ok=True)
+    with open(log, "ab") as output:
+        result = subprocess.run(
+            [sys.executable, "-m", "latentwire.scheduler.submission", str(run.path), str(number)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            check=False,
+        )
+    job = read_job(run, number)
+    if job is None:
+        said = log.read_text(errors="replace").strip().splitlines()[-3:]
+        raise SchedulerError(f"{run.name} could not be submitted (exit {result.returncode}): {' '.join(said)} ({log})")
+    return job
+
+
+def list_jobs(run: Run) -> list[Job]:
+    """All jobs that were submitted for the run, oldest first."""
+    numbers = sorted(int(p.stem) for p in (run.path / "jobs").glob("*.json") if p.stem.isdigit())
+    return [job for number in numbers if (job := read_job(run, number)) is not None]
+
+
+def read_job(run: Run, number: int) -> Job | None:
+    """One submitted job, None if there is no such record."""
+    record = read_json(run.path / "jobs" / f"{number:04d}.json")
+    if not isinstance(record, dict):
+        return None
+    controller = ProcessIdentity.from_json(record.get("controller"))
+    return Job(number, str(record["job_id"]), str(record["scheduler"]), float(record["submitted"]), controller)
+
+
+def make_executor(run: Run) -> object:
+    """The submitit executor for the run's config."""
+    import submitit
+
+    section = run.config().scheduler
+    folder = run.path / "submitit" / "%j"
+    if scheduler_kind(section) == "local":
+        executor = submitit.LocalExecutor(folder=folder)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        gpus = [int(g) for g in visible.split(",") if g.isdigit()] or list(range(_num_gpus()))
+        gpus = gpus if section.gpus is None else gpus[: section.gpus]
+        executor.update_parameters(timeout_min=_YEAR_MIN, gpus_per_node=len(gpus), visible_gpus=tuple(gpus))
+        return executor
+    executor = submitit.SlurmExecutor(folder=folder)
+    options = {"partition": section.partition, "account": section.account, "qos": section.qos}
+    additional = {"signal": "TERM@120", "requeue": True, "open-mode": "append", **section.extra}
+    executor.update_parameters(
+        job_name=f"latentwire-{run.name}",
+        time=section.time_min,
+        nodes=1,
+        ntasks_per_node=1,
+        cpus_per_task=section.cpus,
+        gres=f"gpu:{1 if section.gpus is None else section.gpus}",
+        additional_parameters=additional | {k: v for k, v in options.items() if v is not None},
+        **({"mem": f"{section.mem_gb}G"} if section.mem_gb else {}),
+    )
+    return executor
+
+
+def _num_gpus() -> int:
+    from latentwire.monitor.gpu import list_gpus
+
+    return len(list_gpus())
+
+
+def main() -> None:
+    """Submit and write down what became of it; run in a process of its own."""
+    from latentwire.scheduler.job import TrainingJob
+
+    run, number = Run(Path(sys.argv[1])), int(sys.argv[2])
+    job = make_executor(run).submit(TrainingJob(str(run.path)))  # type: ignore[attr-defined]
+    kind = scheduler_kind(run.config().scheduler)
+    controller = dataclasses.asdict(ProcessIdentity.of(int(job.job_id))) if kind == "local" else None
+    (run.path / "jobs").mkdir(exist_ok=True)
+    record = {"job_id": job.job_id, "scheduler": kind, "submitted": time.time(), "controller": controller}
+    write_json(run.path / "jobs" / f"{number:04d}.json", record)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""The one training loop: drives a Workload through a Session."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from latentwire.config import ScheduleSection
+from latentwire.elastic import schedule
+from latentwire.elastic.planner import Placement
+from latentwire.errors import TrainingDiverged, WorkloadError
+from latentwire.train import randomness
+from latentwire.train.data import Address
+from latentwire.train.order import SampleOrder, derive_seed
+from latentwire.train.precision import compute_dtype
+from latentwire.train.reduction import OrderedReduction
+from latentwire.train.session import Session
+from latentwire.workloads.base import BuildContext, StepReport, Workload
+
+
+def train(session: Session, workload: Workload, placement: Placement) -> None:
+    """Build the workload, resume, train to the last step. Called on every rank; blocks until done.
+
+    Raises:
+        Preempted: the machine is to be given back; the state is on disk.
+        LatentWireError: what is wrong with the config, the data, the checkpoints or the run of the loss.
+    """
+    Training(session, workload, placement).run()
+
+
+class Training:
+    """The objects of one attempt's training, on one rank."""
+
+    def __init__(self, session: Session, workload: Workload, placement: Placement) -> None:
+        config = session.config.train
+        self.session, self.workload, self.config = session, workload, config
+        self.device = torch.device(placement.devices[session.ranks.rank])
+        self.micro_batch = placement.micro_batch
+        self.num_micro_batches = placement.num_micro_batches
+        self.mine = schedule.micro_batches_of(session.ranks.rank, session.ranks.world_size, self.num_micro_batches)
+        self.num_slots = schedule.num_slots(session.ranks.world_size, self.num_micro_batches)
+        dtype = compute_dtype(config.precision, self.device)
+        started = time.monotonic()
+        workload.build(
+            BuildContext(
+                device=self.device,
+                compute_dtype=dtype,
+                seed=session.config.seed,
+                run_path=session.run.path,
+                gradient_checkpointing=config.gradient_checkpointing,
+                safe_point=session.safe_point,
+                event=session.event,
+            )
+        )
+        session.frozen_digests = dict(workload.frozen_digests())
+        session.event("workload_built", seconds=round(time.monotonic() - started, 4), compute_dtype=str(dtype))
+        if not len(workload.train_data):
+            raise WorkloadError(f"{session.config.workload.target} has no training data")
+        self.order = SampleOrder(session.config.seed, len(workload.train_data))
+        self._prepare(dtype)
+
+    def _prepare(self, dtype: torch.dtype) -> None:
+        model = self.workload.trainable
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        settings = self.config.optimizer
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
+        )
+        self.scheduler = LambdaLR(self.optimizer, lr_factor(self.config.schedule, self.config.steps))
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+        self.session.track(model=model, optimizer=self.optimizer, scheduler=self.scheduler, scaler=self.scaler)
+        self.ema: AveragedModel | None = None
+        if self.config.ema_decay is not None:
+            self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(self.config.ema_decay))
+            self.session.track(ema=self.ema)
+        self.reduction = OrderedReduction(self.parameters, self.session.ranks, self.num_micro_batches)
+
+    def run(self) -> None:
+        """Resume and train to the last step."""
+        session = self.session
+        start = session.restore()
+        self._warm_up()
+        self.workload.trainable.train()
+        batches = session.fetch(self.workload.train_data, self._addresses(start), self.workload.collate)
+        evaluate = self._evaluate if len(self.workload.eval_data) else None
+        for step in session.steps(self.config.steps, evaluate, self.config.eval_every):
+            reports = self._forward_backward(step, batches)
+            self._update(step, self._gather(reports))
+
+    # --- one step -----------------------------------------------------------------------------------------------------
+
+    def _forward_backward(self, step: int, batches: Iterator[Any]) -> dict[int, StepReport]:
+        """All micro-batches of this rank; leaves the whole batch's gradient in ``.grad``."""
+        reports = {}
+        for slot in range(self.num_slots):
+            self.session.safe_point()  # every rank passes as many, also one with fewer micro-batches
+            if slot >= len(self.mine):
+                continue
+            index = self.mine[slot]
+            with self.session.clock("data"):
+                batch = next(batches)
+            randomness.seed_everything(derive_seed(self.session.config.seed, "step", step, index))
+            with self.session.clock("forward_backward"):
+                reports[index] = self.workload.step(batch, self._backward)
+            self.reduction.after_micro_batch(index)
+        with self.session.clock("reduction"):
+            self.reduction.finish()
+        return reports
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        self.scaler.scale(loss / self.num_micro_batches).backward()
+
+    def _update(self, step: int, losses: dict[str, float]) -> None:
+        """Clip, step the optimizer, or skip a bad step; then write the figures down."""
+        with self.session.clock("optimizer"):
+            self.scaler.unscale_(self.optimizer)
+            clip = self.config.grad_clip if self.config.grad_clip is not None else math.inf
+            norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, clip))
+            trouble = self._trouble(losses["loss"], norm)
+            if trouble is None:
+                self.scaler.step(self.optimizer)
+                if self.ema is not None:
+                    self.ema.update_parameters(self.workload.trainable)
+            self.scaler.update()
+            lr = self.scheduler.get_last_lr()[0]
+            self.scheduler.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        if trouble is not None:
+            self._skip(step, trouble, losses["loss"], norm)
+        self._log(losses, norm, lr)
+
+    def _trouble(self, loss: float, norm: float) -> str | None:
+        if not math.isfinite(loss):
+            return "the loss is not finite"
+        if not math.isfinite(norm):  # fp16 overflows now and then: the scaler skips the step and scales down
+            return None if self.scaler.is_enabled() else "a gradient is not finite"
+        limit = self.config.exploding_grad_norm
+        return None if limit is None or norm <= limit else f"the gradient norm is over {limit:g}"
+
+    def _skip(self, step: int, trouble: str, loss: float, norm: float) -> None:
+        counters = self.session.counters
+        counters["skipped_steps"] += 1
+        self.session.event("step_skipped", step=step, reason=trouble, loss=loss, grad_norm=norm)
+        if counters["skipped_steps"] > self.config.max_skipped_steps:
+            raise TrainingDiverged(
+                f"step {step}: {trouble} (loss {loss:g}, gradient norm {norm:g}), and {self.config.max_skipped_steps} "
+                "steps were skipped before: lower train.optimizer.lr, look at the data of this step, or allow more "
+                "with train.max_skipped_steps"
+            )
+
+    def _gather(self, reports: dict[int, StepReport]) -> dict[str, float]:
+        """Means over the global batch, the same on every rank and for any number of ranks."""
+        first = next(iter(reports.values()), None)
+        names = ["loss", *sorted(set(first.losses) - {"loss"})] if first is not None else ["loss"]
+        width = int(self.session.ranks.highest([float(len(names))])[0])
+        table = torch.zeros(self.num_micro_batches, width + 2, dtype=torch.float64)
+        for index, report in reports.items():
+            figures = [*(float(report.losses[name]) for name in names), report.num_samples, report.num_tokens]
+            table[index] = torch.tensor(figures, dtype=torch.float64)
+        self.session.ranks.total(table)
+        self._samples, self._tokens = (int(total) for total in table[:, width:].sum(dim=0))
+        self.session.counters["samples"] += self._samples
+        self.session.counters["tokens"] += self._tokens
+        return dict(zip(names, table[:, :width].mean(dim=0).tolist(), strict=False))
+
+    def _log(self, losses: dict[str, float], norm: float, lr: float) -> None:
+        seconds = max(self.session.seconds_in_step(), 1e-9)
+        self.session.log(
+            **losses,
+            lr=lr,
+            grad_norm=norm,
+            samples_per_s=self._samples / seconds,
+            tokens_per_s=self._tokens / seconds,
+        )
+
+    # --- data, warm-up, evaluation ------------------------------------------------------------------------------------
+
+    def _addresses(self, start: int) -> Iterator[list[Address]]:
+        """The samples of this rank's micro-batches, from the first step that is to be done."""
+        for step in range(start, self.config.steps):
+            for index in self.mine:
+                first = (step * self.num_micro_batches + index) * self.micro_batch
+                yield [self.order.address(first + i) for i in range(self.micro_batch)]
+
+    def _warm_up(self) -> None:
+        """Forward and backward on the first samples: finds out-of-memory, times a step, changes nothing."""
+        if not self.config.warmup_batches:
+            return
+        self.session.event("warmup_started", batches=self.config.warmup_batches)
+        started = time.monotonic()
+        model = self.workload.trainable
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        addresses = [[self.order.address(i) for i in range(self.micro_batch)]] * self.config.warmup_batches
+        model.train()
+        with randomness.isolated(derive_seed(self.session.config.seed, "warmup")):
+            for batch in self.session.fetch(self.workload.train_data, iter(addresses), self.workload.collate):
+                self.session.safe_point()
+                step_started = time.monotonic()
+                self.workload.step(batch, self._backward)
+                self.optimizer.zero_grad(set_to_none=True)
+                self.session.step_pace.add((time.monotonic() - step_started) * self.num_slots)
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+        self.session.safe_point()
+        self.session.event("warmup_finished", seconds=round(time.monotonic() - started, 4))
+
+    def _evaluate(self) -> dict[str, float]:
+        """Means over the evaluation batches. Every rank computes the same ones and gets the same figures."""
+        data, size = self.workload.eval_data, self.micro_batch
+        count = min(self.config.eval_batches, -(-len(data) // size))
+        addresses = ([(0, i) for i in range(b * size, min((b + 1) * size, len(data)))] for b in range(count))
+        totals: dict[str, float] = {}
+        samples = 0
+        self.workload.trainable.eval()
+        with torch.no_grad():
+            for batch in self.session.fetch(data, addresses, self.workload.collate):
+                self.session.safe_point()
+                report = self.workload.evaluate(batch)
+                samples += report.num_samples
+                for name, loss in report.losses.items():
+                    totals[name] = totals.get(name, 0.0) + float(loss) * report.num_samples
+        self.workload.trainable.train()
+        return {f"eval/{name}": total / samples for name, total in totals.items()}
+
+
+def lr_factor(settings: ScheduleSection, steps: int) -> Callable[[int], float]:
+    """Linear warm-up from the first step, then cosine to ``min_lr_ratio`` at the last (Loshchilov & Hutter, 2017)."""
+
+    def factor(step: int) -> float:
+        if step < settings.warmup_steps:
+            return (step + 1) / settings.warmup_steps
+        progress = min(1.0, (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps))
+        return settings.min_lr_ratio + (1 - settings.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return factor

@@ -1,0 +1,466 @@
+"""Session: what makes any PyTorch loop survive preemption. The built-in loop is its first user.
+
+::
+
+    with latentwire.Session("runs/experiment_mine", seed=7) as session:
+        model, optimizer = ...
+        session.track(model=model, optimizer=optimizer)
+        for batch in session.batches(data, batch_size=32, steps=1000):
+            loss = ...
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            session.log(loss=loss)
+
+The program is started again after a preemption and goes on where it was; nothing in the loop changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from latentwire import __version__
+from latentwire.checkpoint.manager import CheckpointManager
+from latentwire.checkpoint.reader import Loaded
+from latentwire.config import Config
+from latentwire.errors import CheckpointMismatch
+from latentwire.preemption.deadline import Pace, deadline, step_fits
+from latentwire.preemption.handler import Preempted, PreemptionHandler
+from latentwire.run.directory import Attempt, Run, create_run
+from latentwire.run.journal import Journal
+from latentwire.train import data as data_module
+from latentwire.train import randomness
+from latentwire.train.order import SampleOrder, derive_seed
+from latentwire.train.ranks import Ranks
+from latentwire.train.state import Stateful, TrainingState
+
+_RETRY_FAILED_SAVE_S = 30.0
+
+
+class Session:
+    """One attempt's training, on one rank. Use as a context manager, from the main thread.
+
+    Args:
+        path: the run's directory, ``runs/experiment_<name>``; made if missing.
+        seed: everything random follows from it.
+        settings: sections of the config by name, for example ``checkpoint={"interval_s": 60}``.
+
+    Raises:
+        ConfigError, RunConflict: the settings are wrong, or the directory belongs to another seed.
+    """
+
+    def __init__(self, path: str | Path, seed: int = 0, **settings: Mapping[str, Any]) -> None:
+        path = Path(path).absolute()
+        name = path.name.removeprefix("experiment_")
+        tree = {"name": name, "seed": seed, "workload": {"target": f"{Path(sys.argv[0]).name}:script"}, **settings}
+        config = Config.model_validate(tree)
+        run = create_run(config, path.parent)
+        attempt = run.claim_attempt(os.environ.get("SLURM_JOB_ID", str(os.getpid())), "script")
+        self._agent_journal: Journal | None = Journal(attempt.path / "events.agent.jsonl")
+        self._agent_journal.event("attempt_started", total_steps=None)
+        handler = PreemptionHandler(config.preemption.save_signal)
+        handler.install()
+        self._start(run, attempt, config, handler, Ranks())
+
+    @classmethod
+    def attach(cls, run: Run, attempt: Attempt, config: Config, handler: PreemptionHandler, ranks: Ranks) -> Session:
+        """The session of a rank that an agent started: attempt and handlers are there already."""
+        session = cls.__new__(cls)
+        session._agent_journal = None
+        session._start(run, attempt, config, handler, ranks)
+        return session
+
+    def _start(self, run: Run, attempt: Attempt, config: Config, handler: PreemptionHandler, ranks: Ranks) -> None:
+        self.run = run
+        self.attempt = attempt
+        self.config = config
+        self.ranks = ranks
+        self.step = 0
+        """Completed optimizer steps."""
+        self.frozen_digests: dict[str, str] = {}
+        """SHA-256 of frozen models by name; set it before ``restore``."""
+        self.counters: dict[str, float] = {"samples": 0, "tokens": 0, "skipped_steps": 0}
+        """Totals over the whole run; saved and restored."""
+        self.step_pace = Pace()
+        self.save_pace = Pace()
+        self._handler = handler
+        self._state = TrainingState()
+        self._journal = Journal(attempt.path / f"events.rank{ranks.rank}.jsonl")
+        self._metrics = Journal(attempt.path / "metrics.jsonl") if ranks.rank == 0 else None
+        self._manager: CheckpointManager | None = None
+        self._restored = False
+        self._in_step = False
+        self._deadline: float | None = None
+        self._random: dict[str, Any] = {}
+        self._versions: tuple[int, ...] = ()
+        self._evaluated_step = 0
+        self._evaluation: dict[str, float] = {}
+        self._best: float | None = None
+        self._last_save = time.monotonic()
+        self._save_reason: str | None = None
+        self._step_started = 0.0
+        self._clocks: dict[str, float] = {}
+        self._record: dict[str, Any] = {}
+
+    # --- set up -----------------------------------------------------------------------------------------------------
+
+    def track(self, **objects: Stateful) -> None:
+        """Name what belongs to the state: modules, optimizers, schedulers, anything with a state_dict."""
+        for name, stateful in objects.items():
+            self._state.track(name, stateful)
+
+    def restore(self) -> int:
+        """Load the newest usable checkpoint into the tracked objects; returns completed steps. Blocks. Every rank.
+
+        Called by ``steps`` and ``batches`` if it was not before.
+
+        Raises:
+            NoUsableCheckpoint, CheckpointMismatch, NoSpace: see there. Nothing was changed on disk.
+        """
+        assert not self._restored, "restore() once, before the first step"
+        config = self.config.checkpoint
+        self._manager = CheckpointManager(
+            self.run.checkpoints,
+            token=self.attempt.number,
+            version=__version__,
+            identity={"config": self.config.digest(), "frozen": dict(self.frozen_digests)},
+            fence=self.attempt.assert_newest,
+            event=self.event,
+            keep=config.keep,
+            best_metric=config.best_metric,
+            best_mode=config.best_mode,
+            shard_bytes=config.shard_mb << 20,
+            threads=config.threads,
+        )
+        started = time.monotonic()
+        if self.ranks.rank == 0:
+            self._manager.sweep()
+        self.ranks.highest([0.0])  # no rank reads before rank 0 has cleaned up
+        loaded = self._load_checkpoint()
+        if loaded is not None:
+            self._check_identity(loaded)
+            self._take_over(loaded)
+        self.attempt.unmark_restoring()
+        if self.ranks.rank == 0:
+            self._manager.check_space(3 * self._state.num_bytes() if loaded is None else self._state.num_bytes())
+        self._restored = True
+        self._remember_boundary()
+        self.event("restored", step=self.step, seconds=round(time.monotonic() - started, 4))
+        return self.step
+
+    # --- the loop -----------------------------------------------------------------------------------------------------
+
+    def batches(
+        self,
+        data: Sequence[Any],
+        *,
+        batch_size: int,
+        steps: int,
+        collate: Callable[[list[Any]], Any] | None = None,
+        evaluate: Callable[[], Mapping[str, float]] | None = None,
+        evaluate_every: int | None = None,
+    ) -> Iterator[Any]:
+        """One batch for each step that is still to be done, in the run's own order; see ``steps``.
+
+        With several ranks each gets its share of the batch, in order of rank.
+
+        Args:
+            data: map-style data set.
+            batch_size: samples of one step over all ranks.
+            steps: optimizer steps in all.
+            collate: samples -> batch; None: torch's default.
+            evaluate: see ``steps``.
+            evaluate_every: see ``steps``.
+        """
+        if not self._restored:
+            self.restore()
+        order = SampleOrder(self.config.seed, len(data))
+        first, last = (batch_size * r // self.ranks.world_size for r in (self.ranks.rank, self.ranks.rank + 1))
+        addresses = (
+            [order.address(step * batch_size + i) for i in range(first, last)] for step in range(self.step, steps)
+        )
+        batches = self.fetch(data, addresses, collate)
+        for step in self.steps(steps, evaluate, evaluate_every):
+            with self.clock("data"):
+                batch = next(batches)
+            randomness.seed_everything(derive_seed(self.config.seed, "step", step, self.ranks.rank))
+            self.counters["samples"] += batch_size
+            yield batch
+
+    def fetch(
+        self,
+        data: Sequence[Any],
+        addresses: Iterator[list[data_module.Address]],
+        collate: Callable[[list[Any]], Any] | None,
+    ) -> Iterator[Any]:
+        """Batches of the samples at these addresses, fetched as the config's ``data`` section says."""
+        section = self.config.data
+        return data_module.fetch(data, self.config.seed, addresses, collate, section.workers, section.prefetch)
+
+    def steps(
+        self,
+        total: int,
+        evaluate: Callable[[], Mapping[str, float]] | None = None,
+        evaluate_every: int | None = None,
+    ) -> Iterator[int]:
+        """Number each step that is still to be done; between steps save, evaluate and act on notices. Every rank.
+
+        Args:
+            total: optimizer steps in all.
+            evaluate: returns metrics; called after every ``evaluate_every`` steps and after the last, again if it was
+                interrupted. Call ``safe_point`` in it now and then. It must not change tracked objects.
+            evaluate_every: steps between evaluations.
+
+        Raises:
+            Preempted: the state is on disk; let it pass.
+        """
+        if not self._restored:
+            self.restore()
+        self.event("training_started", step=self.step, total_steps=total)
+        while True:
+            self._evaluate_if_due(total, evaluate, evaluate_every)
+            self._act_at_boundary(last=self.step >= total)
+            if self.step >= total:
+                break
+            self._begin_step()
+            yield self.step
+            self._end_step()
+        assert self._manager is not None
+        self._manager.close()
+        self.event("training_finished", step=self.step, weights_sha256=self.weights_sha256())
+
+    def safe_point(self) -> None:
+        """Leave here if the machine is about to be taken away and the step does not fit any more. Every rank together.
+
+        Call it between micro-batches (before ``optimizer.step()``), in evaluation, and before anything long.
+
+        Raises:
+            Preempted: the last completed step is on disk; let it pass.
+        """
+        noticed = self._handler.notice is not None
+        unfit = noticed and not (self._in_step and self._step_still_fits())
+        leave_now = self._handler.leave_now
+        noticed_anywhere, unfit_anywhere, now_anywhere = self.ranks.highest(
+            [float(noticed), float(unfit), float(leave_now)]
+        )
+        if now_anywhere or (noticed_anywhere and (unfit_anywhere or not self._in_step)):
+            self._leave(without_saving=bool(now_anywhere))
+
+    def log(self, **metrics: float | torch.Tensor) -> None:
+        """Add figures to this step's line in metrics.jsonl. Waits for the device if a tensor is given."""
+        self._record |= {name: float(value) for name, value in metrics.items()}
+
+    def seconds_in_step(self) -> float:
+        """Seconds since the present step began."""
+        return time.monotonic() - self._step_started
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Add a line to this rank's journal."""
+        self._journal.event(name, **fields)
+
+    @contextlib.contextmanager
+    def clock(self, name: str) -> Iterator[None]:
+        """Add the seconds inside to ``<name>_s`` of this step's line."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self._clocks[name] = self._clocks.get(name, 0.0) + time.monotonic() - started
+
+    def weights_sha256(self) -> str | None:
+        """SHA-256 of the tracked ``model`` in the newest committed checkpoint."""
+        from latentwire.checkpoint import layout, reader
+
+        assert self._manager is not None
+        if self._manager.committed_step is None:
+            return None
+        path = self.run.checkpoints / layout.step_name(self._manager.committed_step)
+        return reader.read_manifest(path).group_sha256("model")
+
+    # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _load_checkpoint(self) -> Loaded | None:
+        assert self._manager is not None
+        if self.ranks.rank == 0:
+            return self._manager.restore(self.run.deadly_checkpoints(), self.attempt.mark_restoring)
+        return self._manager.restore()
+
+    def _check_identity(self, loaded: Loaded) -> None:
+        assert self._manager is not None
+        theirs, ours = loaded.manifest.identity, self._manager.identity
+        for key in ours:
+            if theirs.get(key) != ours[key]:
+                raise CheckpointMismatch(
+                    f"{loaded.path} was made with another {key} ({theirs.get(key)}, now {ours[key]}): "
+                    "bring back what the run was started with, or start a run of another name"
+                )
+
+    def _take_over(self, loaded: Loaded) -> None:
+        self._random = self._state.apply(loaded)
+        randomness.restore(self._random)
+        progress = loaded.values["progress"]
+        self.step = int(loaded.values["step"])
+        self.counters |= progress["counters"]
+        self._evaluated_step = progress["evaluated_step"]
+        self._evaluation = progress["evaluation"]
+        self._best = progress["best"]
+
+    def _remember_boundary(self) -> None:
+        """What a save in the middle of the next step needs: the generators now, and a way to see changes."""
+        self._random = randomness.capture()
+        self._versions = self._state.versions()
+
+    def _begin_step(self) -> None:
+        self._remember_boundary()
+        self._in_step = True
+        self._step_started = time.monotonic()
+        self._record, self._clocks = {}, {"save": self._clocks.get("save", 0.0)}
+
+    def _end_step(self) -> None:
+        seconds = self.seconds_in_step()
+        self._in_step = False
+        self.step += 1
+        self.step_pace.add(seconds)
+        self._remember_boundary()
+        if self._metrics is not None:
+            timings = {f"{name}_s": round(s, 6) for name, s in self._clocks.items()}
+            self._metrics.record(step=self.step, **self._record, step_s=round(seconds, 6), **timings)
+        self._clocks = {}
+
+    def _evaluate_if_due(
+        self, total: int, evaluate: Callable[[], Mapping[str, float]] | None, every: int | None
+    ) -> None:
+        due = every is not None and self.step > 0 and (self.step % every == 0 or self.step == total)
+        if evaluate is None or not due or self._evaluated_step == self.step:
+            return
+        self.event("evaluation_started", step=self.step)
+        started = time.monotonic()
+        with randomness.isolated(derive_seed(self.config.seed, "evaluation")):
+            metrics = {name: float(value) for name, value in evaluate().items()}
+        self._evaluated_step, self._evaluation = self.step, metrics
+        self.event("evaluation_finished", step=self.step, seconds=round(time.monotonic() - started, 4), **metrics)
+        if self._metrics is not None:
+            self._metrics.record(step=self.step, **metrics)
+        value = metrics.get(self.config.checkpoint.best_metric or "")
+        sign = 1 if self.config.checkpoint.best_mode == "min" else -1
+        if value is not None and (self._best is None or sign * value < sign * self._best):
+            self._best = value
+            self._save_reason = "best"
+
+    def _act_at_boundary(self, last: bool) -> None:
+        assert self._manager is not None
+        self._manager.poll()
+        reason = self._reason_to_save(last)
+        order = ["", "interval", "steps", "best", "asked", "last"]  # so that ranks can agree by number
+        flags = [float(self._handler.notice is not None), float(self._handler.leave_now), float(order.index(reason))]
+        noticed, leave_now, agreed = self.ranks.highest(flags)
+        if (noticed or leave_now) and not last:
+            self._leave(without_saving=bool(leave_now))
+        if agreed and self._manager.committed_step != self.step:
+            self._save(order[int(agreed)])
+
+    def _reason_to_save(self, last: bool) -> str:
+        assert self._manager is not None
+        config = self.config.checkpoint
+        if last:
+            return "last"
+        if self._handler.take_save_request():
+            return "asked"
+        if self._save_reason is not None:
+            reason, self._save_reason = self._save_reason, None
+            return reason
+        if config.interval_steps and self.step and self.step % config.interval_steps == 0:
+            return "steps"
+        interval = config.interval_s
+        if self._manager.failure is not None:
+            interval = min(interval or _RETRY_FAILED_SAVE_S, _RETRY_FAILED_SAVE_S)
+        due = interval is not None and time.monotonic() - self._last_save >= interval
+        return "interval" if due and not self._manager.busy else ""
+
+    def _save(self, reason: str) -> None:
+        """Stage the state of the last boundary and hand it to the background writer. Rank 0 writes."""
+        assert self._manager is not None
+        self._last_save = time.monotonic()
+        if self.ranks.rank != 0:
+            return
+        with self.clock("save"):
+            self._manager.wait()  # its buffers are about to be written again
+            if self._manager.last_save_s is not None:
+                self.save_pace.add(self._manager.last_save_s)
+            progress = {
+                "counters": self.counters,
+                "evaluated_step": self._evaluated_step,
+                "evaluation": self._evaluation,
+                "best": self._best,
+            }
+            metrics = self._evaluation if self._evaluated_step == self.step else {}
+            values = {"step": self.step, "progress": progress}
+            snapshot = self._state.capture(self.step, self._random, values, metrics)
+            self._manager.save(snapshot)
+        self.event("save_staged", step=self.step, reason=reason, seconds=round(self._clocks["save"], 4))
+
+    def _step_still_fits(self) -> bool:
+        left = max(0.0, self.step_pace.p95 - self.seconds_in_step())
+        return step_fits(time.monotonic(), self._notice_deadline(), left, self.save_pace.p95)
+
+    def _notice_deadline(self) -> float:
+        notice = self._handler.notice
+        assert notice is not None
+        if self._deadline is None:
+            self._deadline = deadline(notice, self.config.preemption.grace_s, os.environ)
+            left = round(self._deadline - time.monotonic(), 3)
+            self.event("notice", signal=notice.signal, received=round(notice.unix_s, 3), deadline_in_s=left)
+        return self._deadline
+
+    def _leave(self, without_saving: bool) -> None:
+        """Save the last boundary if it is not on disk yet, then go. Every rank."""
+        if self._handler.notice is not None:
+            self._notice_deadline()
+        self.attempt.unmark_restoring()
+        if self._manager is None or not self._restored or without_saving:
+            self.event("left", step=None, dropped_partial_step=False, saved=False)
+            raise Preempted(None)
+        started = time.monotonic()
+        self._manager.wait()
+        if self.step > 0 and self._manager.committed_step != self.step:
+            if self._state.versions() == self._versions:
+                self._save("notice")
+            else:  # the loop has begun to change the state: what is in memory is no step's state
+                self.event("partial_step_not_saved", step=self.step)
+        dropped = self._in_step
+        self._manager.close()
+        self.event(
+            "left",
+            step=self._manager.committed_step,
+            dropped_partial_step=dropped,
+            saved=True,
+            seconds=round(time.monotonic() - started, 4),
+        )
+        raise Preempted(self._manager.committed_step)
+
+    # --- as a context manager, in a user's own script ------------------------------------------------------------------
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._agent_journal is not None:
+            if error is None:
+                self._agent_journal.event("attempt_ended", outcome="finished", step=self.step)
+            elif isinstance(error, Preempted):
+                self._agent_journal.event("attempt_ended", outcome="preempted", step=error.step)
+            else:
+                said = f"{type(error).__name__}: {error}"
+                self._agent_journal.event("attempt_ended", outcome="failed", cause="other", step=self.step, error=said)
+            self._handler.uninstall()

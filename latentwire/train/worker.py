@@ -1,0 +1,102 @@
+"""One rank: ``python -m latentwire.train.worker --run PATH --attempt N``, started by the agent.
+
+Signals are blocked when it starts (see ``preemption.handler.blocked``) and are let in once the handlers stand, before
+torch is imported: a notice in the first seconds is kept, not fatal. How it ended stands in ``rank<r>.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from latentwire.errors import Fenced, LatentWireError
+from latentwire.preemption.handler import EXIT_CODE, Preempted, PreemptionHandler
+from latentwire.run.atomic import read_json, write_json
+from latentwire.run.directory import Attempt, Run
+
+AGENT_PID = "LATENTWIRE_AGENT_PID"
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> int:
+    """Run one rank to its end; returns the exit code: 0 finished, 75 preempted, 1 anything else."""
+    parser = argparse.ArgumentParser(description="One rank of an attempt; started by the agent.")
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--attempt", type=int, required=True)
+    arguments = parser.parse_args()
+    die_with_the_agent(int(os.environ[AGENT_PID]))
+    run = Run(arguments.run)
+    attempt = Attempt(run, arguments.attempt)
+    verdict = _judge(run, attempt)
+    write_json(attempt.path / f"rank{os.environ.get('RANK', '0')}.json", verdict)
+    return {"finished": 0, "preempted": EXIT_CODE}.get(verdict["outcome"], 1)
+
+
+def die_with_the_agent(agent_pid: int) -> None:
+    """Have the kernel kill this process when the agent dies: a rank nobody looks after must not train on."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != agent_pid:
+        sys.exit("the agent is gone")
+
+
+def _judge(run: Run, attempt: Attempt) -> dict[str, Any]:
+    """Train; say how it ended. An error is printed whole here and goes on to the agent as a verdict."""
+    try:
+        config = run.config()
+        with PreemptionHandler(config.preemption.save_signal) as handler:
+            step = _train(run, attempt, handler)
+    except Preempted as preempted:
+        return {"outcome": "preempted", "step": preempted.step}
+    except Fenced as fenced:
+        return {"outcome": "fenced", "error": str(fenced)}
+    except Exception as error:  # not swallowed: told in three places, and the exit code says so
+        traceback.print_exc()
+        verdict = {"outcome": "failed", "cause": cause_of(error), "error": f"{type(error).__name__}: {error}"}
+        return verdict | {"traceback": traceback.format_exc()}
+    return {"outcome": "finished", "step": step}
+
+
+def _train(run: Run, attempt: Attempt, handler: PreemptionHandler) -> int:
+    from latentwire.elastic.planner import Placement
+    from latentwire.target import load_target
+    from latentwire.train.precision import make_repeatable
+    from latentwire.train.ranks import Ranks
+    from latentwire.train.session import Session
+
+    config = run.config()
+    make_repeatable(config.train.cpu_threads, config.train.deterministic)
+    ranks = Ranks.connect()
+    session = Session.attach(run, attempt, config, handler, ranks)
+    session.safe_point()
+    target = load_target(config.workload.target)
+    if isinstance(target, type):
+        from latentwire.train.loop import train
+
+        record = read_json(attempt.path / "placement.json")
+        placement = Placement(**record | {"devices": tuple(record["devices"])})
+        train(session, target(config.workload.options), placement)
+    else:
+        target(session)
+    ranks.disconnect()
+    return session.step
+
+
+def cause_of(error: Exception) -> str:
+    """``oom``, ``network``, ``user`` (would fail again) or ``other``."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return "oom"
+    if isinstance(error, ConnectionError | TimeoutError | torch.distributed.DistNetworkError):
+        return "network"
+    return "user" if isinstance(error, LatentWireError) else "other"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

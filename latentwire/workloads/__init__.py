@@ -1,0 +1,1 @@
+"""The workloads: models that the training loop can drive."""

@@ -1,0 +1,104 @@
+"""The Workload protocol: what a model must offer so that the one training loop can drive it.
+
+A workload is one class in any importable module::
+
+    workload:
+      target: my_package.my_model:MyWorkload     # or  my_model.py:MyWorkload
+      options: {...}
+
+A pydantic model named ``Options`` beside the class, where there is one, checks the options when the config is
+loaded; keep that module free of torch at import (load the class lazily) so that the orchestrator stays small.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildContext:
+    """What a workload may know of the place it is built in. The same on every rank but for ``device``.
+
+    Attributes:
+        device: where this rank computes.
+        compute_dtype: dtype of the forward and backward pass, resolved from ``train.precision``.
+        seed: the run's seed; initial weights must depend on nothing else.
+        run_path: the run's directory, for caches (prepared data, tokenizers) that attempts share.
+        gradient_checkpointing: recompute activations in the backward pass.
+        safe_point: call it before anything long (a model load, a tokenizer training). It returns at once, or raises
+            ``Preempted`` when the machine is about to be taken away; let that pass.
+        event: writes an event ``event(name, **fields)`` to the attempt's journal.
+    """
+
+    device: torch.device
+    compute_dtype: torch.dtype
+    seed: int
+    run_path: Path
+    gradient_checkpointing: bool
+    safe_point: Callable[[], None]
+    event: Callable[..., None]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepReport:
+    """What one micro-batch did.
+
+    Attributes:
+        losses: the mean loss by name; ``"loss"`` is the one that was trained on. Detached 0-dim tensors on the
+            device (so that nothing waits for it), or floats.
+        num_samples: samples in the micro-batch.
+        num_tokens: target tokens in the micro-batch, 0 where that has no meaning.
+    """
+
+    losses: Mapping[str, torch.Tensor | float]
+    num_samples: int
+    num_tokens: int = 0
+
+
+@runtime_checkable
+class Workload(Protocol):
+    """A model with its data, driven by the training loop. Constructed as ``Target(options)`` on every rank.
+
+    Order of calls: ``__init__`` (cheap), ``build`` once, then ``step`` and ``evaluate`` as often as the loop likes.
+    Nothing may depend on rank, time or call history: the generators of Python, NumPy and torch are seeded by
+    (seed, step, micro-batch) before every ``step``, and by (seed, epoch, index) before every ``train_data[index]``.
+    """
+
+    def __init__(self, options: Any) -> None: ...
+
+    @property
+    def trainable(self) -> torch.nn.Module:
+        """The module whose parameters are trained and saved; frozen models must not be inside it."""
+
+    @property
+    def train_data(self) -> Sequence[Any]:
+        """Map-style training data: ``len()`` and ``[index]``, used from DataLoader workers too."""
+
+    @property
+    def eval_data(self) -> Sequence[Any]:
+        """Map-style evaluation data; empty where there is none."""
+
+    def build(self, context: BuildContext) -> None:
+        """Load models and data onto ``context.device``. Blocks; calls ``context.safe_point()`` before long parts."""
+
+    def collate(self, samples: list[Any]) -> Any:
+        """Turn samples into one batch of CPU tensors. Runs in DataLoader workers."""
+
+    def step(self, batch: Any, backward: Callable[[torch.Tensor], None]) -> StepReport:
+        """Forward and backward of one micro-batch; gradients accumulate in ``trainable``.
+
+        Call ``backward(loss)`` instead of ``loss.backward()``, once or several times: it scales for gradient
+        accumulation and fp16. Must not step an optimizer or zero gradients.
+        """
+
+    def evaluate(self, batch: Any) -> StepReport:
+        """Losses of one evaluation batch, without gradients."""
+
+    def frozen_digests(self) -> Mapping[str, str]:
+        """SHA-256 by name of every frozen model, so that a checkpoint never meets other weights; may be empty."""

@@ -1,0 +1,256 @@
+"""The pair as a workload: batches, the two losses, evaluation."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from latentwire.errors import WorkloadError
+from latentwire.workloads.base import BuildContext, StepReport
+from latentwire.workloads.pair.data import Pair, PairData, load_pairs
+from latentwire.workloads.pair.models import FrozenModel, load_frozen
+from latentwire.workloads.pair.options import Options
+from latentwire.workloads.pair.shapes import FAMILIES
+from latentwire.workloads.pair.tokenizer import Script
+from latentwire.workloads.pair.wire import PADDING, LatentWire
+
+
+class TargetBatch(NamedTuple):
+    """The targets of one batch in one model's tokens.
+
+    Attributes:
+        tokens: (B, T) token ids, padded on the right.
+        mask: (B, T) True where a token is part of a target.
+        rows: (N,) places of those tokens in the flattened (B * T). Known on the host, so that picking them out of
+            the hidden states makes nobody wait for the device.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    rows: Tensor
+
+
+class PairBatch(NamedTuple):
+    """One micro-batch: source bytes (B, S) padded with ``PADDING``, and the targets by model name."""
+
+    source: Tensor
+    targets: dict[str, TargetBatch]
+
+
+@dataclasses.dataclass(frozen=True)
+class Collator:
+    """Turns pairs into a batch; holds tokenizers only, so that it can be pickled into DataLoader workers."""
+
+    scripts: Mapping[str, Script]
+    max_target_tokens: int
+
+    def __call__(self, samples: list[Pair]) -> PairBatch:
+        """Pad the sources, tokenize and pad the targets. Returns CPU tensors."""
+        source, _ = _pad([list(pair.source) for pair in samples], PADDING)
+        return PairBatch(source, {name: self._targets(script, samples) for name, script in self.scripts.items()})
+
+    def _targets(self, script: Script, samples: list[Pair]) -> TargetBatch:
+        tokens, mask = _pad(script.targets([pair.target for pair in samples], self.max_target_tokens), script.pad_id)
+        return TargetBatch(tokens, mask, mask.flatten().nonzero().squeeze(1))
+
+
+class PairWorkload:
+    """Trains one wire for a frozen Llama and a frozen Qwen; see ``Workload`` for the order of calls."""
+
+    def __init__(self, options: Any) -> None:
+        self._options = Options.model_validate(options)
+        self._context: BuildContext | None = None
+
+    def build(self, context: BuildContext) -> None:
+        """Load the data and both models, and draw the wire's weights from the seed."""
+        self._context = context
+        context.safe_point()
+        self._data: PairData = load_pairs(self._options.data)
+        context.event(
+            "data",
+            kind=self._options.data.kind,
+            num_train=len(self._data.train),
+            num_eval=len(self._data.eval),
+            sha256=self._data.digest,
+        )
+        self._frozen: dict[str, FrozenModel] = {}
+        for name in FAMILIES:
+            self._frozen[name] = load_frozen(name, getattr(self._options, name), context)
+            self._check_length(self._frozen[name])
+        self._wire = self._draw_wire(context)
+        self._collator = Collator(
+            {name: frozen.script for name, frozen in self._frozen.items()}, self._options.data.max_target_tokens
+        )
+
+    @property
+    def trainable(self) -> LatentWire:
+        """The encoder and both adapters."""
+        return self._wire
+
+    @property
+    def train_data(self) -> Sequence[Pair]:
+        """Training pairs."""
+        return self._data.train
+
+    @property
+    def eval_data(self) -> Sequence[Pair]:
+        """Evaluation pairs."""
+        return self._data.eval
+
+    @property
+    def collate(self) -> Collator:
+        """Turns samples into a ``PairBatch``; an object of its own, so that workers are not sent the models."""
+        return self._collator
+
+    def step(self, batch: PairBatch, backward: Callable[[Tensor], None]) -> StepReport:
+        """Forward and backward of one micro-batch, both models at once or one after the other."""
+        self._wire.train()
+        batch = _to_device(batch, self._device)
+        latents = self._encode(batch.source)
+        if self._options.sequential_models:
+            losses = self._step_one_by_one(latents, batch, backward)
+        else:
+            losses = {name: self._loss(name, latents, batch.targets[name]) for name in self._frozen}
+            backward(_mean(losses))
+        return _report(losses, batch)
+
+    def evaluate(self, batch: PairBatch) -> StepReport:
+        """Both losses of one evaluation batch."""
+        self._wire.eval()
+        with torch.no_grad():
+            batch = _to_device(batch, self._device)
+            latents = self._encode(batch.source)
+            losses = {name: self._loss(name, latents, batch.targets[name]) for name in self._frozen}
+        return _report(losses, batch)
+
+    def frozen_digests(self) -> dict[str, str]:
+        """SHA-256 of both models, and of the data, which is just as fixed. Reads the weights the first time."""
+        assert self._context is not None, "build comes first"
+        cache = self._context.run_path / "cache" / "digests.json"
+        digests = {name: frozen.digest(cache, self._context.safe_point) for name, frozen in self._frozen.items()}
+        return {**digests, "data": self._data.digest}
+
+    @property
+    def _device(self) -> torch.device:
+        assert self._context is not None, "build comes first"
+        return self._context.device
+
+    def _draw_wire(self, context: BuildContext) -> LatentWire:
+        spaces = {name: (frozen.hidden_size, frozen.embedding_rms()) for name, frozen in self._frozen.items()}
+        seed = int.from_bytes(hashlib.sha256(f"{context.seed} wire".encode()).digest()[:8], "big")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # drawn on the CPU: the same bits whatever the device
+            wire = LatentWire(self._options.wire, self._options.data.max_source_bytes, spaces)
+        return wire.to(context.device)
+
+    def _check_length(self, frozen: FrozenModel) -> None:
+        script, data = frozen.script, self._options.data
+        longest = len(script.head) + self._options.wire.latent_len + len(script.tail) + data.max_target_tokens
+        room = int(frozen.model.config.max_position_embeddings)
+        if longest > room:
+            raise WorkloadError(
+                f"{frozen.name}: latents, template and target take {longest} positions and the model has {room}; "
+                f"lower data.max_target_tokens ({data.max_target_tokens}) or wire.latent_len ({self._options.wire.latent_len})"
+            )
+
+    def _step_one_by_one(
+        self, latents: Tensor, batch: PairBatch, backward: Callable[[Tensor], None]
+    ) -> dict[str, Tensor]:
+        """Each model's backward ends at a copy of the latents, which frees its activations before the next begins."""
+        copy = latents.detach().requires_grad_()
+        losses = {}
+        for name in self._frozen:
+            loss = self._loss(name, copy, batch.targets[name])
+            backward(loss / len(self._frozen))
+            losses[name] = loss.detach()
+        latents.backward(copy.grad)  # scaled already, by the two calls above
+        return losses
+
+    def _encode(self, source: Tensor) -> Tensor:
+        with self._autocast():
+            return self._wire.encode(source)
+
+    def _loss(self, name: str, latents: Tensor, target: TargetBatch) -> Tensor:
+        """Mean cross-entropy of one model over the target tokens, in float32.
+
+        Its input is head, soft prefix, tail, target. Only the states that predict a target token become logits.
+        """
+        frozen = self._frozen[name]
+        with self._autocast():
+            prefix = self._wire.prefix(name, latents)
+        embeds = _assemble(frozen, prefix, target.tokens)
+        num_before = embeds.shape[1] - target.tokens.shape[1]
+        hidden = frozen.model.get_decoder()(
+            inputs_embeds=embeds,
+            attention_mask=_causal_mask(target.mask, num_before),
+            position_ids=torch.arange(embeds.shape[1], device=embeds.device)[None],
+            use_cache=False,
+        ).last_hidden_state
+        predicting = hidden[:, num_before - 1 : -1].flatten(0, 1).index_select(0, target.rows)
+        logits = frozen.model.get_output_embeddings()(predicting)
+        return functional.cross_entropy(logits.float(), target.tokens.flatten().index_select(0, target.rows))
+
+    def _autocast(self) -> contextlib.AbstractContextManager[None]:
+        """For the wire, whose weights are float32; the frozen models are in the compute dtype already."""
+        assert self._context is not None, "build comes first"
+        dtype = self._context.compute_dtype
+        return torch.autocast(self._context.device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def _pad(rows: list[list[int]], value: int) -> tuple[Tensor, Tensor]:
+    """Lists -> (B, longest) padded on the right, and the mask of what is not padding."""
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
+    padded = torch.full(mask.shape, value)
+    padded[mask] = torch.tensor([item for row in rows for item in row])
+    return padded, mask
+
+
+def _to_device(batch: PairBatch, device: torch.device) -> PairBatch:
+    def move(tensor: Tensor) -> Tensor:
+        return tensor.to(device, non_blocking=True)
+
+    targets = {name: TargetBatch(*map(move, target)) for name, target in batch.targets.items()}
+    return PairBatch(move(batch.source), targets)
+
+
+def _assemble(frozen: FrozenModel, prefix: Tensor, tokens: Tensor) -> Tensor:
+    """Embeddings (B, head + latent_len + tail + T, H) in the model's dtype."""
+    embed, script = frozen.model.get_input_embeddings(), frozen.script
+
+    def fixed(ids: tuple[int, ...]) -> Tensor:
+        return embed(torch.tensor(ids, dtype=torch.long, device=tokens.device)).expand(len(tokens), -1, -1)
+
+    return torch.cat([fixed(script.head), prefix.to(embed.weight.dtype), fixed(script.tail), embed(tokens)], dim=1)
+
+
+def _causal_mask(target_mask: Tensor, num_before: int) -> Tensor:
+    """(B, 1, L, L), True where a position may be read: not after the reader, and not padding.
+
+    Given ready-made, because transformers would look at a (B, L) mask's values and so wait for the device.
+    """
+    real = functional.pad(target_mask, (num_before, 0), value=True)
+    length = real.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=real.device).tril()
+    return causal[None, None] & real[:, None, None, :]
+
+
+def _mean(losses: Mapping[str, Tensor]) -> Tensor:
+    return torch.stack(list(losses.values())).mean()
+
+
+def _report(losses: Mapping[str, Tensor], batch: PairBatch) -> StepReport:
+    """Detach everything; the tokens of both models are counted."""
+    detached = {name: loss.detach() for name, loss in losses.items()}
+    return StepReport(
+        {"loss": _mean(detached), **{f"loss/{name}": loss for name, loss in detached.items()}},
+        num_samples=len(batch.source),
+        num_tokens=sum(target.rows.numel() for target in batch.targets.values()),
+    )

@@ -1,0 +1,269 @@
+"""The GPUs through a fake of NVML's calls, and the loop that samples them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pynvml
+import pytest
+
+from latentwire.errors import ConfigError
+from latentwire.monitor import GPU, GPUMonitor, HostMonitor, Sampler, list_gpus
+from latentwire.run.journal import Journal
+
+GIB = 1 << 30
+NOT_SUPPORTED = pynvml.NVML_ERROR_NOT_SUPPORTED
+LOST = pynvml.NVML_ERROR_GPU_IS_LOST
+UUIDS = ("GPU-aaaa1111", "GPU-aabb2222", "GPU-cccc3333")
+
+
+class FakeNVML:
+    """Three GPUs behind pynvml's names; constants, structures and errors are the real ones.
+
+    ``failing`` maps a call's name, or (name, GPU index), to the error code that it gives.
+    """
+
+    def __init__(self, *, has_gpm: bool = True) -> None:
+        self.has_gpm = has_gpm
+        self.failing: dict[str | tuple[str, int], int] = {}
+        self.num_open = 0
+        self.num_gpm_samples = 0
+
+    def __getattr__(self, name: str) -> Any:
+        assert not name.startswith("nvml"), f"{name} is not faked"
+        return getattr(pynvml, name)
+
+    def _check(self, call: str, handle: int = -1) -> None:
+        for key in (call, (call, handle), ("", handle)):
+            if key in self.failing:
+                raise pynvml.NVMLError(self.failing[key])
+
+    def nvmlInit(self) -> None:
+        self._check("nvmlInit")
+        self.num_open += 1
+
+    def nvmlShutdown(self) -> None:
+        self.num_open -= 1
+
+    def nvmlDeviceGetCount(self) -> int:
+        return len(UUIDS)
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
+        self._check("nvmlDeviceGetHandleByIndex", index)
+        return index
+
+    def nvmlDeviceGetUUID(self, handle: int) -> str:
+        return UUIDS[handle]
+
+    def nvmlDeviceGetName(self, handle: int) -> str:
+        return "NVIDIA H200"
+
+    def nvmlDeviceGetMemoryInfo(self, handle: int) -> SimpleNamespace:
+        self._check("nvmlDeviceGetMemoryInfo", handle)
+        return SimpleNamespace(used=8 * GIB, total=140 * GIB)
+
+    def nvmlDeviceGetUtilizationRates(self, handle: int) -> SimpleNamespace:
+        self._check("nvmlDeviceGetUtilizationRates", handle)
+        return SimpleNamespace(gpu=97, memory=40)
+
+    def nvmlDeviceGetTemperature(self, handle: int, sensor: int) -> int:
+        self._check("nvmlDeviceGetTemperature", handle)
+        return {pynvml.NVML_TEMPERATURE_GPU: 61}[sensor]
+
+    def nvmlDeviceGetPowerUsage(self, handle: int) -> int:
+        self._check("nvmlDeviceGetPowerUsage", handle)
+        return 612_500
+
+    def nvmlDeviceGetEnforcedPowerLimit(self, handle: int) -> int:
+        return 700_000
+
+    def nvmlDeviceGetClockInfo(self, handle: int, clock: int) -> int:
+        return {pynvml.NVML_CLOCK_SM: 1980}[clock]
+
+    def nvmlDeviceGetCurrentClocksEventReasons(self, handle: int) -> int:
+        return pynvml.nvmlClocksEventReasonSwPowerCap | pynvml.nvmlClocksEventReasonHwThermalSlowdown | 1 << 40
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: int) -> list[SimpleNamespace]:
+        return [SimpleNamespace(pid=4242, usedGpuMemory=7 * GIB), SimpleNamespace(pid=4243, usedGpuMemory=None)]
+
+    def nvmlGpmQueryDeviceSupport(self, handle: int) -> SimpleNamespace:
+        self._check("nvmlGpmQueryDeviceSupport", handle)
+        return SimpleNamespace(isSupportedDevice=int(self.has_gpm))
+
+    def nvmlGpmSampleAlloc(self) -> Any:
+        self.num_gpm_samples += 1
+        return pynvml.c_nvmlGpmSample_t()
+
+    def nvmlGpmSampleFree(self, sample: Any) -> None:
+        self.num_gpm_samples -= 1
+
+    def nvmlGpmSampleGet(self, handle: int, sample: Any) -> None:
+        self._check("nvmlGpmSampleGet", handle)
+
+    def nvmlGpmMetricsGet(self, wanted: Any) -> None:
+        self._check("nvmlGpmMetricsGet")
+        values = {pynvml.NVML_GPM_METRIC_SM_UTIL: 88.125, pynvml.NVML_GPM_METRIC_ANY_TENSOR_UTIL: float("nan")}
+        for metric in wanted.metrics[: wanted.numMetrics]:
+            metric.value = values[metric.metricId]
+
+
+def test_a_sample_has_every_reading() -> None:
+    nvml = FakeNVML()
+    with GPUMonitor(nvml=nvml, environ={}) as monitor:
+        assert monitor.source == "nvml"
+        first, *others = monitor.sample()
+    assert len(others) == 2
+    assert first == {
+        "index": 0,
+        "uuid": UUIDS[0],
+        "name": "NVIDIA H200",
+        "utilisation_percent": 97,
+        "memory_busy_percent": 40,
+        "sm_active_percent": 88.12,
+        "tensor_active_percent": None,
+        "memory_used_bytes": 8 * GIB,
+        "memory_total_bytes": 140 * GIB,
+        "temperature_c": 61,
+        "power_w": 612.5,
+        "power_limit_w": 700.0,
+        "sm_clock_mhz": 1980,
+        "throttle_reasons": ["sw_power_cap", "hw_thermal_slowdown", "0x10000000000"],
+        "processes": [{"pid": 4242, "memory_bytes": 7 * GIB}, {"pid": 4243, "memory_bytes": None}],
+    }
+    assert (nvml.num_open, nvml.num_gpm_samples) == (0, 0), "all that was opened is given back"
+
+
+@pytest.mark.parametrize(
+    ("call", "fields"),
+    [
+        ("nvmlDeviceGetUtilizationRates", {"utilisation_percent", "memory_busy_percent"}),
+        ("nvmlDeviceGetTemperature", {"temperature_c"}),
+        ("nvmlDeviceGetPowerUsage", {"power_w"}),
+        ("nvmlGpmMetricsGet", {"sm_active_percent"}),
+        ("nvmlGpmQueryDeviceSupport", {"sm_active_percent"}),
+    ],
+)
+def test_a_reading_that_is_not_given_is_null(call: str, fields: set[str]) -> None:
+    nvml = FakeNVML()
+    nvml.failing[call] = NOT_SUPPORTED
+    with GPUMonitor(nvml=nvml, environ={}) as monitor:
+        record = monitor.sample()[0]
+    assert {name for name, value in record.items() if value is None} == fields | {"tensor_active_percent"}
+
+
+def test_a_chip_without_performance_monitoring_has_no_sm_active() -> None:
+    with GPUMonitor(nvml=FakeNVML(has_gpm=False), environ={}) as monitor:
+        assert [record["sm_active_percent"] for record in monitor.sample()] == [None] * 3
+
+
+def test_sm_active_comes_back_after_a_failed_reading() -> None:
+    nvml = FakeNVML()
+    with GPUMonitor(["0"], nvml=nvml, environ={}) as monitor:
+        nvml.failing["nvmlGpmSampleGet"] = pynvml.NVML_ERROR_TIMEOUT
+        values = [monitor.sample()[0]["sm_active_percent"]]
+        nvml.failing.clear()
+        values += [monitor.sample()[0]["sm_active_percent"] for _ in range(2)]
+    assert values == [None, None, 88.12], "a mean needs two hardware samples on either side of the time"
+
+
+def test_a_lost_gpu_is_one_event_and_the_others_go_on() -> None:
+    nvml = FakeNVML()
+    with GPUMonitor(nvml=nvml, environ={}) as monitor:
+        assert len(monitor.sample()) == 3
+        nvml.failing["", 1] = nvml.failing["nvmlDeviceGetTemperature", 1] = LOST
+        lost = [record for record in monitor.sample() if "event" in record]
+        assert lost == [
+            {"event": "gpu_lost", "index": 1, "uuid": UUIDS[1], "name": "NVIDIA H200", "reason": "GPU is lost"}
+        ]
+        assert [record["index"] for record in monitor.sample()] == [0, 2]
+
+
+def test_a_gpu_lost_before_the_start_is_an_event_too() -> None:
+    nvml = FakeNVML()
+    nvml.failing["nvmlDeviceGetHandleByIndex", 0] = LOST
+    with GPUMonitor(nvml=nvml, environ={"CUDA_VISIBLE_DEVICES": "0,2"}) as monitor:
+        event, sample = monitor.sample()
+    assert event == {"event": "gpu_lost", "index": 0, "reason": "GPU is lost"}
+    assert sample["index"] == 2
+
+
+def test_a_gpu_of_another_job_is_no_loss() -> None:
+    nvml = FakeNVML()
+    nvml.failing["nvmlDeviceGetHandleByIndex", 0] = pynvml.NVML_ERROR_NO_PERMISSION
+    with GPUMonitor(nvml=nvml, environ={}) as monitor:
+        assert [record["index"] for record in monitor.sample()] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("visible", "indexes"),
+    [
+        (None, [0, 1, 2]),
+        ("2,0", [2, 0]),
+        (" 1 ", [1]),
+        ("1,1", [1]),
+        ("0,-1,2", [0]),
+        ("0,7,2", [0]),
+        ("GPU-cccc3333,GPU-aaaa", [2, 0]),
+        ("GPU-aa", []),
+        ("", []),
+        ("NoDevFiles", []),
+    ],
+)
+def test_cuda_visible_devices_is_honoured(visible: str | None, indexes: list[int]) -> None:
+    environ = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    nvml = FakeNVML()
+    assert [gpu.index for gpu in list_gpus(nvml=nvml, environ=environ)] == indexes
+    assert nvml.num_open == 0
+    if not indexes:
+        source = GPUMonitor(nvml=nvml, environ=environ).source
+        assert source == f"host only: CUDA_VISIBLE_DEVICES is {visible!r}, which names no GPU of this machine"
+
+
+def test_an_explicit_list_overrides_the_environment() -> None:
+    environ = {"CUDA_VISIBLE_DEVICES": "0"}
+    assert list_gpus(["GPU-aabb", "0"], nvml=FakeNVML(), environ=environ) == [
+        GPU(1, UUIDS[1], "NVIDIA H200", 140 * GIB),
+        GPU(0, UUIDS[0], "NVIDIA H200", 140 * GIB),
+    ]
+    with pytest.raises(ConfigError, match=r"there is no GPU '3'; .*: 0, 1, 2$"):
+        list_gpus(["3"], nvml=FakeNVML(), environ={})
+
+
+def test_without_a_driver_there_are_no_gpus() -> None:
+    nvml = FakeNVML()
+    nvml.failing["nvmlInit"] = pynvml.NVML_ERROR_DRIVER_NOT_LOADED
+    assert list_gpus(nvml=nvml, environ={}) == []
+    with GPUMonitor(nvml=nvml, environ={}) as monitor:
+        assert (monitor.source, monitor.sample()) == ("host only: Driver Not Loaded", [])
+    assert nvml.num_open == 0
+
+
+def test_the_loop_does_not_drift_and_records_a_lost_gpu(tmp_path: Path) -> None:
+    clock_s, waits_s = 100.0, []
+    nvml = FakeNVML()
+
+    def wait(seconds: float) -> bool:
+        nonlocal clock_s
+        waits_s.append(round(seconds, 6))
+        # Work takes 0.3 s a sample, and the process is stopped for 5 s during the third.
+        clock_s += seconds + (5.3 if len(waits_s) == 3 else 0.3)
+        if len(waits_s) == 2:
+            nvml.failing["nvmlDeviceGetTemperature", 1] = LOST
+        return len(waits_s) == 6
+
+    stats = Journal(tmp_path / "gpu_stats.jsonl", clock=lambda: clock_s)
+    host, gpus = HostMonitor(tmp_path), GPUMonitor(nvml=nvml, environ={})
+    Sampler(stats, host, gpus, 1.0, wait=wait, clock=lambda: clock_s).run()
+    stats.close()
+
+    assert waits_s == [1.0, 0.7, 0.7, 0.7, 0.7, 0.7]
+    records = [json.loads(line) for line in (tmp_path / "gpu_stats.jsonl").read_text().splitlines()]
+    assert [record.get("event") for record in records] == [
+        "monitor_started", None, "gpu_lost", None, None, None, None, "monitor_stopped"
+    ]  # fmt: skip
+    assert records[0]["gpus"][2] == {"index": 2, "uuid": UUIDS[2], "name": "NVIDIA H200", "memory_bytes": 140 * GIB}
+    assert [len(record["gpus"]) for record in records if "host" in record] == [3, 2, 2, 2, 2]
+    assert [record["time"] for record in records if "host" in record] == [101.3, 102.3, 108.3, 109.3, 110.3]
