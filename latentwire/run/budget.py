@@ -62,10 +62,11 @@ def num_halvings(run: Run) -> int:
 
 
 def next_move(run: Run, retry: RetrySection) -> Move:
-    """What follows the newest attempt, which must have ended. A step gained sets all counts to zero."""
+    """What follows the newest attempt, which must have ended. A step gained, or a person, sets all counts to zero."""
     counts: collections.Counter[str] = collections.Counter()
     best = 0
     verdict = Verdict("none")
+    resumed_after = _resumed_after(run)
     for attempt in run.attempts():
         verdict = verdict_of(attempt)
         step = committed_step(attempt)
@@ -73,7 +74,16 @@ def next_move(run: Run, retry: RetrySection) -> Move:
             best = step
             counts.clear()
         counts[_budget_of(verdict)] += 1
+        if attempt.number == resumed_after:
+            counts.clear()
+            verdict = Verdict("none")
     return _move(verdict, counts, retry)
+
+
+def _resumed_after(run: Run) -> int:
+    """The attempt after which a person last started the run again."""
+    records = read_journal(run.orchestrator_events)
+    return max((int(r["after_attempt"]) for r in records if r.get("event") == "resumed"), default=0)
 
 
 def _budget_of(verdict: Verdict) -> str:

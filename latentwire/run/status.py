@@ -23,7 +23,8 @@ class RunStatus:
     """A run at a glance. Times in seconds since the epoch, durations in seconds; None: not known (yet).
 
     Attributes:
-        state: PENDING, RUNNING, STALLED, PREEMPTED, LOST, FAILED, STOPPED, CANCELLED or DONE.
+        state: PENDING, RUNNING, STALLED, PREEMPTED, LOST, RETRYING (failed, within its budget), FAILED (given up),
+            STOPPED, CANCELLED or DONE.
         phase: of a running attempt: starting, building, restoring, warming up, training, evaluating, saving, draining.
         attempt: number of the newest attempt, 0 before the first.
         num_preemptions: attempts that ended preempted.
@@ -119,6 +120,7 @@ _PHASES = {
     "evaluation_started": "evaluating",
     "evaluation_finished": "training",
     "notice": "draining",
+    "draining": "draining",
     "training_finished": "finishing",
 }
 
@@ -187,7 +189,7 @@ def _state(run: Run, alive: bool, outcomes: list[str], facts: _Facts, now: float
     if last is None:
         return "PENDING", "not started yet"
     words = {"preempted": "PREEMPTED", "interrupted": "STOPPED", "cancelled": "CANCELLED", "lost": "LOST"}
-    return words.get(last, "FAILED"), None
+    return words.get(last, "RETRYING"), None
 
 
 def _given_up(run: Run) -> str | None:

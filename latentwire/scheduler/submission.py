@@ -1,7 +1,7 @@
 """Submitting a run's job through submitit, in a process of its own.
 
-``python -m latentwire.scheduler.submission RUN_PATH N`` submits and writes ``jobs/<n>.json``. The orchestrator starts it
-in a new session: a local job must not hear the Ctrl-C that its orchestrator gets, and must outlive it.
+``python -m latentwire.scheduler.submission RUN_PATH N`` submits and writes ``jobs/<n>.json``. The orchestrator starts
+it in a new session: a local job must not hear the Ctrl-C that its orchestrator gets, and must outlive it.
 """
 
 from __future__ import annotations

@@ -59,7 +59,12 @@ class Training:
             )
         )
         session.frozen_digests = dict(workload.frozen_digests())
-        session.event("workload_built", seconds=round(time.monotonic() - started, 4), compute_dtype=str(dtype))
+        session.event(
+            "workload_built",
+            seconds=round(time.monotonic() - started, 4),
+            compute_dtype=str(dtype),
+            num_samples=len(workload.train_data),
+        )
         if not len(workload.train_data):
             raise WorkloadError(f"{session.config.workload.target} has no training data")
         self.order = SampleOrder(session.config.seed, len(workload.train_data))
@@ -128,7 +133,7 @@ class Training:
                 if self.ema is not None:
                     self.ema.update_parameters(self.workload.trainable)
             self.scaler.update()
-            lr = self.scheduler.get_last_lr()[0]
+            lr = float(self.scheduler.get_last_lr()[0])
             self.scheduler.step()
             self.optimizer.zero_grad(set_to_none=True)
         if trouble is not None:

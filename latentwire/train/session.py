@@ -418,7 +418,7 @@ class Session:
         if self._deadline is None:
             self._deadline = deadline(notice, self.config.preemption.grace_s, os.environ)
             left = round(self._deadline - time.monotonic(), 3)
-            self.event("notice", signal=notice.signal, received=round(notice.unix_s, 3), deadline_in_s=left)
+            self.event("draining", signal=notice.signal, received=round(notice.unix_s, 3), deadline_in_s=left)
         return self._deadline
 
     def _leave(self, without_saving: bool) -> None:
@@ -447,7 +447,7 @@ class Session:
         )
         raise Preempted(self._manager.committed_step)
 
-    # --- as a context manager, in a user's own script ------------------------------------------------------------------
+    # --- as a context manager, in a user's own script -----------------------------------------------------------------
 
     def __enter__(self) -> Session:
         return self

@@ -98,7 +98,12 @@ def gradients(workload: PairWorkload, batch: Any) -> dict[str, torch.Tensor]:
 
 
 def batch_of(workload: PairWorkload, size: int = 6) -> Any:
-    return workload.collate(list(workload.train_data[:size]))
+    return workload.collate(spread(workload, size))
+
+
+def spread(workload: PairWorkload, size: int) -> list[Any]:
+    """Samples from all over the text: neighbours have the same target."""
+    return list(workload.train_data[:: len(workload.train_data) // size][:size])
 
 
 def losses_of(workload: PairWorkload, batch: Any) -> dict[str, float]:
@@ -169,7 +174,7 @@ def test_the_collator_travels_to_other_processes(workload: PairWorkload) -> None
 def test_the_loss_is_that_of_an_unpadded_pass_through_transformers(workload: PairWorkload) -> None:
     """Each sample alone, without any mask or padding, through the model's own forward and loss."""
     frozen, total, count = workload._frozen["llama"], 0.0, 0
-    samples = list(workload.train_data[100:104])
+    samples = spread(workload, 4)
     for sample in samples:
         batch = workload.collate([sample])
         tokens = batch.targets["llama"].tokens
@@ -199,7 +204,7 @@ def test_only_target_tokens_count(workload: PairWorkload) -> None:
 
 
 def test_more_padding_changes_nothing(workload: PairWorkload) -> None:
-    samples = sorted(workload.train_data[:40], key=lambda pair: len(pair.source) + len(pair.target))
+    samples = sorted(spread(workload, 40), key=lambda pair: len(pair.source) + len(pair.target))
     alone = workload.collate(samples[:1])
     padded = workload.collate([samples[0], samples[-1]])
     assert padded.source.shape[1] > alone.source.shape[1]
@@ -374,7 +379,7 @@ def test_a_damaged_model_folder_is_refused_with_a_cure(
 
 
 def test_a_missing_model_folder_is_refused(runs: Path, tmp_path: Path) -> None:
-    with pytest.raises(WorkloadError, match="there is no model folder .*nowhere"):
+    with pytest.raises(WorkloadError, match=r"there is no model folder .*nowhere"):
         build(runs, {"llama": {"source": str(tmp_path / "nowhere")}})
 
 
@@ -432,7 +437,7 @@ def test_malformed_data_names_the_place(tmp_path: Path, kind: str, text: str, me
 
 
 def test_missing_data_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(WorkloadError, match="there is no file .*absent.json"):
+    with pytest.raises(WorkloadError, match=r"there is no file .*absent.json"):
         load_pairs(data_options(kind="squad", path=str(tmp_path / "absent.json")))
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(WorkloadError, match="pip install datasets"):

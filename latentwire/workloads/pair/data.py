@@ -164,7 +164,7 @@ def _dataset_pairs(name: str, split: str, limit: int) -> Iterator[Pair]:
             "internet fetch it beforehand"
         ) from error
     for index, row in enumerate(rows):
-        if "context" not in row:
+        if not {"context", "question", "answers"} <= set(row):
             yield _row_pair(row, f"{name} {split}[{index}]", limit)
         elif row["answers"]["text"]:
             yield _squad_pair(row["context"], row["question"], row["answers"]["text"][0], limit)

@@ -157,7 +157,7 @@ class PairWorkload:
         if longest > room:
             raise WorkloadError(
                 f"{frozen.name}: latents, template and target take {longest} positions and the model has {room}; "
-                f"lower data.max_target_tokens ({data.max_target_tokens}) or wire.latent_len ({self._options.wire.latent_len})"
+                f"lower data.max_target_tokens ({data.max_target_tokens}) or wire.latent_len"
             )
 
     def _step_one_by_one(

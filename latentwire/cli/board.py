@@ -1,0 +1,140 @@
+"""What the orchestrator shows: a live table on a terminal, plain lines anywhere else."""
+
+from __future__ import annotations
+
+import collections
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from latentwire.run.status import RunStatus
+
+_LINES_SHOWN = 8
+_PLAIN_EVERY_S = 10.0
+_COLOURS = {"RUNNING": "green", "DONE": "bold green", "FAILED": "bold red", "STALLED": "red", "PREEMPTED": "yellow"}
+
+
+class Board(logging.Handler):
+    """Shows statuses and the log's lines while it is entered.
+
+    Args:
+        log: its lines are shown.
+        log_path: where they are written too; told at the start.
+    """
+
+    def __init__(self, log: logging.Logger, log_path: Path) -> None:
+        super().__init__()
+        self._log = log
+        self._console = Console()
+        self._recent: collections.deque[str] = collections.deque(maxlen=_LINES_SHOWN)
+        self._live = Live(console=self._console, auto_refresh=False) if self._console.is_terminal else None
+        self._next_plain = 0.0
+        self._console.print(f"log: {log_path}", highlight=False)
+
+    def __enter__(self) -> Board:
+        self._log.addHandler(self)
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+        self._log.removeHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take a line of the log."""
+        line = f"{time.strftime('%H:%M:%S')} {record.getMessage()}"
+        if self._live is not None:
+            self._recent.append(line)
+        else:
+            print(line, flush=True)
+
+    def show(self, statuses: Sequence[RunStatus]) -> None:
+        """Draw the present state of all runs."""
+        if self._live is not None:
+            lines = Text("\n".join(self._recent), style="dim", overflow="ellipsis", no_wrap=True)
+            self._live.update(Group(_table(statuses), lines), refresh=True)
+        elif time.monotonic() >= self._next_plain:
+            self._next_plain = time.monotonic() + _PLAIN_EVERY_S
+            for status in statuses:
+                print(f"{time.strftime('%H:%M:%S')} {_line(status)}", flush=True)
+
+    def epilogue(self, statuses: Sequence[RunStatus], stopped: bool) -> None:
+        """The last words: what became of each run, and what to type next."""
+        for status in statuses:
+            print(_line(status))
+            if status.weights_sha256 is not None:
+                print(f"  weights  sha256 {status.weights_sha256}")
+                print(f"  files    {status.path}")
+        if stopped:
+            print("the orchestrator stopped; jobs go on. Take over again: python -m latentwire.orchestrate --resume")
+        print("next:")
+        for command in _next_commands(statuses[0]):
+            print(f"  {command}")
+        sys.stdout.flush()
+
+
+def _next_commands(status: RunStatus) -> list[str]:
+    if status.state == "DONE":
+        return [
+            f"latentwire status {status.name}",
+            f"latentwire checkpoints verify {status.name}",
+            f"latentwire events {status.name}",
+            "latentwire drill",
+        ]
+    return [f"latentwire status {status.name}", f"latentwire logs {status.name} --stderr"]
+
+
+def _line(status: RunStatus) -> str:
+    words = [f"{status.name}: {status.state}" + (f" ({status.phase})" if status.phase else "")]
+    words.append(f"attempt {status.attempt}")
+    words.append(f"step {status.step}/{status.total_steps or '?'}")
+    if status.loss is not None:
+        words.append(f"loss {status.loss:.4f}")
+    if status.samples_per_s is not None:
+        words.append(f"{status.samples_per_s:.1f} samples/s")
+    if status.eta_s is not None:
+        words.append(f"ETA {duration(status.eta_s)}")
+    if status.num_preemptions:
+        words.append(f"{status.num_preemptions} preempted")
+    if status.reason:
+        words.append(status.reason)
+    return ", ".join(words)
+
+
+def _table(statuses: Sequence[RunStatus]) -> Table:
+    table = Table(expand=True, box=None, header_style="bold")
+    for name in ("run", "state", "attempt", "progress", "step", "loss", "samples/s", "ETA", "preempted"):
+        table.add_column(name, no_wrap=True, ratio=2 if name == "progress" else None)
+    for status in statuses:
+        state = Text(status.state, style=_COLOURS.get(status.state, ""))
+        if status.phase:
+            state.append(f" {status.phase}", style="dim")
+        table.add_row(
+            Text(status.name),
+            state,
+            str(status.attempt),
+            ProgressBar(total=status.total_steps or 1, completed=status.step),
+            f"{status.step}/{status.total_steps or '?'}",
+            "" if status.loss is None else f"{status.loss:.4f}",
+            "" if status.samples_per_s is None else f"{status.samples_per_s:.1f}",
+            "" if status.eta_s is None else duration(status.eta_s),
+            str(status.num_preemptions),
+        )
+    return table
+
+
+def duration(seconds: float) -> str:
+    """``1h02m``, ``3m05s``, ``12s``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

@@ -1,0 +1,53 @@
+"""Events in words: one short line for each, for logs and terminals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Event = Mapping[str, Any]
+
+_WORDS: dict[str, Callable[[Event], str]] = {
+    "submitted": lambda e: f"submitted as job {e.get('job_id')} ({e.get('scheduler')})",
+    "job_died": lambda e: f"job {e.get('job_id')} died before it started: {e.get('reason')}",
+    "given_up": lambda e: f"given up: {e.get('reason')}",
+    "resumed": lambda e: f"resumed by hand after attempt {e.get('after_attempt')}",
+    "attempt_started": lambda e: f"attempt started (job {e.get('job_id', '-')})",
+    "placed": lambda e: f"placed on {', '.join(e.get('devices', []))}: {e.get('why')}",
+    "environment_changed": lambda e: f"WARNING environment changed, {e.get('note')}: {'; '.join(e.get('changes', []))}",
+    "workload_built": lambda e: f"workload built in {_seconds(e)}",
+    "restored": lambda e: f"resumed at step {e.get('step')} in {_seconds(e)}" if e.get("step") else "starts at step 0",
+    "training_started": lambda e: f"training from step {e.get('step')} to {e.get('total_steps')}",
+    "evaluation_finished": lambda e: f"evaluated at step {e.get('step')}: eval/loss {_figure(e.get('eval/loss'))}",
+    "notice": lambda e: (
+        f"notice: {e.get('signal')}" + (f", {e['deadline_in_s']} s left" if "deadline_in_s" in e else "")
+    ),
+    "save_committed": lambda e: f"step {e.get('step')} committed in {_seconds(e)}",
+    "save_failed": lambda e: f"ALARM save of step {e.get('step')} failed, trying again: {e.get('error')}",
+    "checkpoint_quarantined": lambda e: f"ALARM {e.get('path')} moved to quarantine: {e.get('reason')}",
+    "checkpoint_skipped": lambda e: f"ALARM {e.get('path')} skipped: {e.get('reason')}",
+    "checkpoint_unreadable": lambda e: f"ALARM {e.get('path')} cannot be read: {e.get('error')}",
+    "step_skipped": lambda e: f"WARNING step {e.get('step')} skipped: {e.get('reason')}",
+    "partial_step_not_saved": lambda e: f"WARNING a step was half done and could not be saved at step {e.get('step')}",
+    "training_finished": lambda e: f"finished at step {e.get('step')}, weights {str(e.get('weights_sha256'))[:16]}",
+    "attempt_ended": lambda e: (
+        "attempt ended: "
+        + " ".join(str(e[k]) for k in ("outcome", "cause") if e.get(k))
+        + (f" at step {e['step']}" if e.get("step") is not None else "")
+        + (f": {e['error']}" if e.get("error") else "")
+    ),
+}
+
+
+def tell(event: Event) -> str | None:
+    """The event in words; None for one that only matters in a file."""
+    words = _WORDS.get(str(event.get("event")))
+    return words(event) if words is not None else None
+
+
+def _seconds(event: Event) -> str:
+    return f"{_figure(event.get('seconds'))} s"
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, int | float) else str(value)
