@@ -19,9 +19,8 @@ _WORDS: dict[str, Callable[[Event], str]] = {
     "restored": lambda e: f"resumed at step {e.get('step')} in {_seconds(e)}" if e.get("step") else "starts at step 0",
     "training_started": lambda e: f"training from step {e.get('step')} to {e.get('total_steps')}",
     "evaluation_finished": lambda e: f"evaluated at step {e.get('step')}: eval/loss {_figure(e.get('eval/loss'))}",
-    "notice": lambda e: (
-        f"notice: {e.get('signal')}" + (f", {e['deadline_in_s']} s left" if "deadline_in_s" in e else "")
-    ),
+    "notice": lambda e: f"notice: {e.get('signal')}",
+    "draining": lambda e: f"draining, {_figure(e.get('deadline_in_s'))} s left",
     "save_committed": lambda e: f"step {e.get('step')} committed in {_seconds(e)}",
     "save_failed": lambda e: f"ALARM save of step {e.get('step')} failed, trying again: {e.get('error')}",
     "checkpoint_quarantined": lambda e: f"ALARM {e.get('path')} moved to quarantine: {e.get('reason')}",
