@@ -32,9 +32,9 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(pydantic.BaseModel):
-    """Base of all config models: immutable, no unknown keys, defaults checked too."""
+    """Base of all config models: immutable, no unknown keys, only finite numbers, defaults checked too."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class WorkloadSection(Section):
@@ -271,7 +271,7 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     except FileNotFoundError:
         there = ", ".join(sorted(p.name for p in path.parent.glob("*.yaml"))) or "no YAML file"
         raise ConfigError(f"there is no config {path}; {path.parent} has: {there}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:  # ValueError: not a date, not UTF-8
         raise ConfigError(f"{path} cannot be read as YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a config is a mapping of keys to values, not {type(tree).__name__}")
@@ -298,7 +298,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r} is not of the form a.b=value")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from None
     node = tree
     for key in keys[:-1]:

@@ -28,7 +28,7 @@ from latentwire.errors import ConfigError, LatentWireError, RunBusy, SchedulerEr
 from latentwire.run.atomic import read_json
 from latentwire.run.budget import next_move
 from latentwire.run.directory import PREFIX, Attempt, Run, create_run, list_runs, open_run
-from latentwire.run.journal import Follower, Journal, last_record
+from latentwire.run.journal import Follower, Journal, last_record, time_of
 from latentwire.run.lease import Lease
 from latentwire.run.status import RunStatus, is_alive, run_status
 from latentwire.run.telling import tell
@@ -75,7 +75,7 @@ class Watched:
         """What happened since the last call, in words."""
         self._follow_new_files()
         events = [event for follower in self._followers.values() for event in follower.read()]
-        lines = [tell(event) for event in sorted(events, key=lambda e: float(e.get("time", 0)))]
+        lines = [tell(event) for event in sorted(events, key=time_of)]
         return [line for line in lines if line is not None]
 
     def _follow_new_files(self) -> None:

@@ -43,7 +43,8 @@ def options_model(target: str) -> type[pydantic.BaseModel] | None:
 
 def _import_module(target: str) -> tuple[ModuleType, str]:
     module_name, separator, name = target.rpartition(":")
-    if not separator or not module_name or not name.isidentifier():
+    is_module = all(part.isidentifier() for part in module_name.split("."))
+    if not separator or not name.isidentifier() or not (is_module or module_name.endswith(".py")):
         raise ConfigError(f"workload.target: {target!r} is not of the form 'package.module:Name' or 'file.py:Name'")
     if module_name.endswith(".py"):
         return _import_file(Path(module_name)), name

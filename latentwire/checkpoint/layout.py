@@ -23,13 +23,15 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from latentwire.errors import CheckpointCorrupt, CheckpointTooNew, CheckpointUnsafe
+from latentwire.errors import CheckpointCorrupt, CheckpointError, CheckpointTooNew, CheckpointUnsafe
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 SUMS = "SHA256SUMS"
 STATE = "state.json"
 VERIFIED = "verified.json"
+METADATA = "__metadata__"
+"""In a tensor file's header, a key that names no tensor."""
 SAVING_PREFIX = ".saving-"
 DELETING_PREFIX = ".deleting-"
 QUARANTINE = "quarantine"
@@ -37,6 +39,7 @@ QUARANTINE = "quarantine"
 MAX_JSON_BYTES = 64 << 20
 MAX_HEADER_BYTES = 64 << 20
 MAX_FILES = 100_000
+MAX_DIMENSIONS = 64
 
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
@@ -169,7 +172,7 @@ def parse_manifest(text: str, where: str) -> Manifest:
             groups=groups,
             files=files,
         )
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointCorrupt(f"{where} is not a manifest: {type(error).__name__}: {error}") from None
     missing = [n for names in groups.values() for n in names if n not in files]
     if missing or STATE not in files or len(files) > MAX_FILES:
@@ -183,12 +186,17 @@ def check_name(name: str, where: str) -> str:
     Raises:
         CheckpointUnsafe: it is not (a path, ``..``, a hidden name, one of ours that may not be listed).
     """
-    if not isinstance(name, str) or not _FILE_NAME.fullmatch(name) or name in (SUMS, VERIFIED):
+    if not isinstance(name, str) or not is_plain_name(name):
         raise CheckpointUnsafe(
             f"{where} names the file {name!r}: only plain names in its own folder are allowed. "
             "It was not written by latentwire; do not use it"
         )
     return name
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a file of a checkpoint may have this name."""
+    return _FILE_NAME.fullmatch(name) is not None and name not in (SUMS, VERIFIED)
 
 
 def format_sums(files: Mapping[str, FileRecord]) -> str:
@@ -203,7 +211,10 @@ def parse_sums(text: str, where: str) -> dict[str, str]:
         CheckpointUnsafe, CheckpointCorrupt: a line names no plain file, or is not a line of SHA256SUMS.
     """
     sums = {}
-    for line in text.splitlines():
+    *lines, rest = text.split("\n")
+    if rest:
+        raise CheckpointCorrupt(f"{where} ends in the middle of a line: {rest[:100]!r}")
+    for line in lines:
         digest, separator, name = line.partition("  ")
         if not separator or not _SHA256.fullmatch(digest):
             raise CheckpointCorrupt(f"{where}: {line[:100]!r} is not a line of SHA256SUMS")
@@ -230,9 +241,15 @@ def split_into_files(
 
 
 def encode_tensors(tensors: Mapping[str, HostTensor]) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file, piece by piece: the same tensors always give the same bytes."""
+    """The bytes of a safetensors file, piece by piece: the same tensors always give the same bytes.
+
+    Raises:
+        CheckpointError: a tensor has the one name that the format keeps for itself.
+    """
+    if METADATA in tensors:
+        raise CheckpointError(f"a tensor cannot be named {METADATA}, which safetensors keeps for itself: rename it")
     order = sorted(tensors, key=lambda name: (-DTYPE_BYTES[tensors[name].dtype], name))  # keeps every tensor aligned
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {METADATA: {"format": "pt"}}
     offset = 0
     for name in order:
         tensor = tensors[name]
@@ -259,19 +276,20 @@ def decode_tensors(data: memoryview, where: str) -> dict[str, HostTensor]:
     body = data[8 + length :]
     try:
         header = json.loads(bytes(data[8 : 8 + length]))
-        header.pop("__metadata__", None)
+        header.pop(METADATA, None)
         spans = sorted((*map(int, e["data_offsets"]), name) for name, e in header.items())
         tensors, position = {}, 0
         for begin, end, name in spans:
             dtype, shape = header[name]["dtype"], tuple(int(n) for n in header[name]["shape"])
-            whole = begin == position <= end and end - begin == DTYPE_BYTES[dtype] * math.prod(shape)
-            if not whole or any(n < 0 for n in shape):
+            if len(shape) > MAX_DIMENSIONS or not all(0 <= n < 1 << 63 for n in shape):
+                raise ValueError(f"tensor {name!r} has no possible shape")
+            if not begin == position <= end or end - begin != DTYPE_BYTES[dtype] * math.prod(shape):
                 raise ValueError(f"tensor {name!r} does not fit its place")
             tensors[name] = HostTensor(dtype, shape, body[begin:end])
             position = end
         if position != body.nbytes:
             raise ValueError(f"{body.nbytes - position} bytes belong to no tensor")
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointCorrupt(f"{where} is not a safetensors file: {type(error).__name__}: {error}") from None
     return tensors
 

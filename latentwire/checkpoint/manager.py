@@ -253,8 +253,22 @@ class CheckpointManager:
             saving = _SAVING.fullmatch(entry)
             older = saving is not None and int(saving.group(1)) < self._token
             if older or entry.startswith(layout.DELETING_PREFIX):
-                shutil.rmtree(self.folder / entry, ignore_errors=True)
-                self._event("swept", path=entry)
+                self._sweep_away(self.folder / entry)
+        for path in self.committed():
+            for half_written in path.glob(f".{layout.VERIFIED}.*"):
+                half_written.unlink(missing_ok=True)
+
+    def _sweep_away(self, path: Path) -> None:
+        """Take the name away before the files: a stale writer's rename finds the whole folder, or none."""
+        away = path
+        if not path.name.startswith(layout.DELETING_PREFIX):
+            away = path.with_name(f"{layout.DELETING_PREFIX}{self._token:04d}{path.name}")
+            try:
+                os.rename(path, away)
+            except FileNotFoundError:
+                return
+        shutil.rmtree(away, ignore_errors=True)
+        self._event("swept", path=path.name)
 
     def committed(self) -> list[Path]:
         """All committed checkpoints, oldest first."""
@@ -312,12 +326,21 @@ class CheckpointManager:
             self.mark_verified(path, seconds=time.monotonic() - started)
         return loaded
 
+    def group_sha256(self, group: str) -> str | None:
+        """SHA-256 of a group's tensors in the newest checkpoint that this attempt committed or restored."""
+        if self.committed_step is None:
+            return None
+        return reader.read_manifest(self.folder / step_name(self.committed_step)).group_sha256(group)
+
     def quarantine(self, path: Path, reason: str) -> None:
         """Move a bad checkpoint out of the way, kept for a look, never used again."""
         self._fence()
         place = self.folder / layout.QUARANTINE / f"{path.name}.attempt-{self._token:04d}-{time.time_ns()}"
         place.parent.mkdir(exist_ok=True)
-        os.rename(path, place)
+        try:
+            os.rename(path, place)
+        except FileNotFoundError:  # another rank met it too and was faster
+            return
         fsync_directory(self.folder)
         self._event("checkpoint_quarantined", path=path.name, moved_to=str(place), reason=reason)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from latentwire.checkpoint import layout
 from latentwire.checkpoint.layout import FileRecord, Manifest, Snapshot
+from latentwire.errors import CheckpointError
 from latentwire.run.atomic import fsync_directory
 
 _CHUNK_BYTES = 16 << 20
@@ -34,17 +35,23 @@ def write_files(
         threads: files written side by side.
 
     Raises:
+        CheckpointError: a group's name cannot name a file.
         OSError: the disk refused; the caller removes the folder.
     """
-    folder.mkdir()
     groups: dict[str, tuple[str, ...]] = {}
     pieces: dict[str, Iterable[bytes | memoryview]] = {}
     for group, tensors in sorted(snapshot.tensors.items()):
         shards = layout.split_into_files(group, tensors, shard_bytes)
+        if not all(map(layout.is_plain_name, shards)):
+            raise CheckpointError(
+                f"the state {group!r} cannot name a file of its own: use letters, digits, '_', '-' and '.', beginning "
+                "with a letter, digit or '_'"
+            )
         groups[group] = tuple(shards)
         pieces |= {name: layout.encode_tensors(shard) for name, shard in shards.items()}
     state = json.dumps(snapshot.values, indent=1, sort_keys=True) + "\n"
     pieces[layout.STATE] = [state.encode()]
+    folder.mkdir()
     with ThreadPoolExecutor(min(threads, len(pieces)), thread_name_prefix="checkpoint-write") as pool:
         records = list(pool.map(lambda name: write_file(folder / name, pieces[name]), pieces))
     manifest = describe(files=dict(zip(pieces, records, strict=True)), groups=groups)

@@ -33,7 +33,7 @@ def deadline(
     """
     ends = [notice.unix_s + grace_s, end_time()]
     text = environ.get("SLURM_JOB_END_TIME", "")
-    if text.isdigit():
+    if text.isdecimal():
         ends.append(float(text))
     earliest = min(end for end in ends if end is not None and end > notice.unix_s)
     return notice.monotonic_s + (earliest - notice.unix_s)

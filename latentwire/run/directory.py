@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from latentwire.errors import Fenced, RunConflict, RunError, RunNotFound
 from latentwire.run.atomic import fsync_directory, read_json, write_json, write_text
-from latentwire.run.journal import read_journal
+from latentwire.run.journal import read_journal, time_of
 from latentwire.run.process import ProcessIdentity
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class Run:
         path = self.path / "config.yaml"
         try:
             tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
             raise RunError(f"{path} cannot be read ({error}); submit the run's config again to write it anew") from None
         return parse_config(tree, where=str(path))
 
@@ -187,7 +187,7 @@ class Attempt:
         for path in sorted(self.path.glob("events.*.jsonl")):
             writer = path.name.split(".")[1]
             merged += [record | {"attempt": self.number, "writer": writer} for record in read_journal(path)]
-        return sorted(merged, key=lambda record: float(record.get("time", 0)))
+        return sorted(merged, key=time_of)
 
     def ended(self) -> dict[str, Any] | None:
         """The agent's last word on how the attempt ended, or None: still running, or lost without a word."""

@@ -12,7 +12,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,12 @@ def read_journal(path: Path) -> Iterator[dict[str, Any]]:
                     yield record
     except (FileNotFoundError, NotADirectoryError):
         return
+
+
+def time_of(record: Mapping[str, Any]) -> float:
+    """A record's time for sorting; 0 where a foreign line has none that is a number."""
+    time_s = record.get("time")
+    return float(time_s) if isinstance(time_s, int | float) else 0.0
 
 
 def last_record(path: Path, key: str = "time") -> dict[str, Any] | None:

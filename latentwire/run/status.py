@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import time
 from typing import Any
@@ -204,7 +205,5 @@ def _submitted_job(run: Run) -> str | None:
 
 
 def _number(value: Any) -> float | None:
-    try:
-        return None if value is None else float(value)
-    except (TypeError, ValueError):
-        return None
+    """A finite number; NaN and the like stand as strings in journals and are no figure to show."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

@@ -62,6 +62,8 @@ class Agent:
         with self.handler:
             while True:
                 self._wait_for_older_attempts()
+                if self.run.cancel_path.exists():
+                    return Verdict("cancelled", error="the run was cancelled before this job started")
                 attempt = self.run.claim_attempt(self.job_id, self.scheduler)
                 verdict = _Supervision(self, attempt).main()
                 move = next_move(self.run, self.config.retry)

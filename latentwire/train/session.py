@@ -29,9 +29,11 @@ from typing import Any
 import torch
 
 from latentwire import __version__
+from latentwire.checkpoint import reader
+from latentwire.checkpoint.layout import step_name
 from latentwire.checkpoint.manager import CheckpointManager
 from latentwire.checkpoint.reader import Loaded
-from latentwire.config import Config
+from latentwire.config import Config, differences
 from latentwire.errors import CheckpointMismatch
 from latentwire.preemption.deadline import Pace, deadline, step_fits
 from latentwire.preemption.handler import Preempted, PreemptionHandler
@@ -41,9 +43,8 @@ from latentwire.train import data as data_module
 from latentwire.train import randomness
 from latentwire.train.order import SampleOrder, derive_seed
 from latentwire.train.ranks import Ranks
+from latentwire.train.saving import REASONS, Saving
 from latentwire.train.state import Stateful, TrainingState
-
-_RETRY_FAILED_SAVE_S = 30.0
 
 
 class Session:
@@ -91,22 +92,16 @@ class Session:
         self.counters: dict[str, float] = {"samples": 0, "tokens": 0, "skipped_steps": 0}
         """Totals over the whole run; saved and restored."""
         self.step_pace = Pace()
-        self.save_pace = Pace()
         self._handler = handler
         self._state = TrainingState()
         self._journal = Journal(attempt.path / f"events.rank{ranks.rank}.jsonl")
         self._metrics = Journal(attempt.path / "metrics.jsonl") if ranks.rank == 0 else None
-        self._manager: CheckpointManager | None = None
-        self._restored = False
+        self._saving: Saving | None = None
         self._in_step = False
         self._deadline: float | None = None
-        self._random: dict[str, Any] = {}
-        self._versions: tuple[int, ...] = ()
         self._evaluated_step = 0
         self._evaluation: dict[str, float] = {}
         self._best: float | None = None
-        self._last_save = time.monotonic()
-        self._save_reason: str | None = None
         self._step_started = 0.0
         self._clocks: dict[str, float] = {}
         self._record: dict[str, Any] = {}
@@ -126,34 +121,20 @@ class Session:
         Raises:
             NoUsableCheckpoint, CheckpointMismatch, NoSpace: see there. Nothing was changed on disk.
         """
-        assert not self._restored, "restore() once, before the first step"
-        config = self.config.checkpoint
-        self._manager = CheckpointManager(
-            self.run.checkpoints,
-            token=self.attempt.number,
-            version=__version__,
-            identity={"config": self.config.digest(), "frozen": dict(self.frozen_digests)},
-            fence=self.attempt.assert_newest,
-            event=self.event,
-            keep=config.keep,
-            best_metric=config.best_metric,
-            best_mode=config.best_mode,
-            shard_bytes=config.shard_mb << 20,
-            threads=config.threads,
-        )
+        assert self._saving is None, "restore() once, before the first step"
         started = time.monotonic()
+        manager = self._make_manager()
         if self.ranks.rank == 0:
-            self._manager.sweep()
+            manager.sweep()
         self.ranks.highest([0.0])  # no rank reads before rank 0 has cleaned up
-        loaded = self._load_checkpoint()
+        loaded = self._load(manager)
         if loaded is not None:
-            self._check_identity(loaded)
             self._take_over(loaded)
         self.attempt.unmark_restoring()
-        if self.ranks.rank == 0:
-            self._manager.check_space(3 * self._state.num_bytes() if loaded is None else self._state.num_bytes())
-        self._restored = True
-        self._remember_boundary()
+        if self.ranks.rank == 0:  # a fresh optimizer has no state yet: AdamW will have twice the parameters
+            manager.check_space(self._state.num_bytes() * (3 if loaded is None else 1))
+        self._saving = Saving(manager, self._state, self.config.checkpoint, self.ranks.rank == 0, self.event)
+        self._saving.remember_boundary()
         self.event("restored", step=self.step, seconds=round(time.monotonic() - started, 4))
         return self.step
 
@@ -181,7 +162,7 @@ class Session:
             evaluate: see ``steps``.
             evaluate_every: see ``steps``.
         """
-        if not self._restored:
+        if self._saving is None:
             self.restore()
         order = SampleOrder(self.config.seed, len(data))
         first, last = (batch_size * r // self.ranks.world_size for r in (self.ranks.rank, self.ranks.rank + 1))
@@ -223,7 +204,7 @@ class Session:
         Raises:
             Preempted: the state is on disk; let it pass.
         """
-        if not self._restored:
+        if self._saving is None:
             self.restore()
         self.event("training_started", step=self.step, total_steps=total)
         while True:
@@ -234,9 +215,8 @@ class Session:
             self._begin_step()
             yield self.step
             self._end_step()
-        assert self._manager is not None
-        self._manager.close()
-        self.event("training_finished", step=self.step, weights_sha256=self.weights_sha256())
+        self.saving.manager.close()
+        self.event("training_finished", step=self.step, weights_sha256=self.saving.manager.group_sha256("model"))
 
     def safe_point(self) -> None:
         """Leave here if the machine is about to be taken away and the step does not fit any more. Every rank together.
@@ -276,37 +256,50 @@ class Session:
         finally:
             self._clocks[name] = self._clocks.get(name, 0.0) + time.monotonic() - started
 
-    def weights_sha256(self) -> str | None:
-        """SHA-256 of the tracked ``model`` in the newest committed checkpoint."""
-        from latentwire.checkpoint import layout, reader
-
-        assert self._manager is not None
-        if self._manager.committed_step is None:
-            return None
-        path = self.run.checkpoints / layout.step_name(self._manager.committed_step)
-        return reader.read_manifest(path).group_sha256("model")
+    @property
+    def saving(self) -> Saving:
+        """The saves of this attempt; there from ``restore`` on."""
+        assert self._saving is not None, "restore() comes first"
+        return self._saving
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
-    def _load_checkpoint(self) -> Loaded | None:
-        assert self._manager is not None
-        if self.ranks.rank == 0:
-            return self._manager.restore(self.run.deadly_checkpoints(), self.attempt.mark_restoring)
-        return self._manager.restore()
+    def _make_manager(self) -> CheckpointManager:
+        config = self.config.checkpoint
+        return CheckpointManager(
+            self.run.checkpoints,
+            token=self.attempt.number,
+            version=__version__,
+            identity={"config": self.config.digest(), "frozen": dict(self.frozen_digests)},
+            fence=self.attempt.assert_newest,
+            event=self.event,
+            keep=config.keep,
+            best_metric=config.best_metric,
+            best_mode=config.best_mode,
+            shard_bytes=config.shard_mb << 20,
+            threads=config.threads,
+        )
 
-    def _check_identity(self, loaded: Loaded) -> None:
-        assert self._manager is not None
-        theirs, ours = loaded.manifest.identity, self._manager.identity
-        for key in ours:
-            if theirs.get(key) != ours[key]:
+    def _load(self, manager: CheckpointManager) -> Loaded | None:
+        """The newest usable checkpoint, if it belongs to this run."""
+        loaded = None
+        if self.ranks.rank == 0:
+            loaded = manager.restore(self.run.deadly_checkpoints(), self.attempt.mark_restoring)
+        step = int(self.ranks.highest([-1.0 if loaded is None else float(loaded.manifest.step)])[0])
+        if loaded is None and step >= 0:
+            loaded = reader.load(self.run.checkpoints / step_name(step))
+        for key, ours in manager.identity.items():
+            theirs = ours if loaded is None else loaded.manifest.identity.get(key)
+            if theirs != ours:
+                changed = "; ".join(differences(theirs, ours, f"{key}."))
                 raise CheckpointMismatch(
-                    f"{loaded.path} was made with another {key} ({theirs.get(key)}, now {ours[key]}): "
-                    "bring back what the run was started with, or start a run of another name"
+                    f"{manager.folder} was written with another {key}: {changed}. Bring back what the run was started "
+                    "with, or start a run of another name"
                 )
+        return loaded
 
     def _take_over(self, loaded: Loaded) -> None:
-        self._random = self._state.apply(loaded)
-        randomness.restore(self._random)
+        randomness.restore(self._state.apply(loaded))
         progress = loaded.values["progress"]
         self.step = int(loaded.values["step"])
         self.counters |= progress["counters"]
@@ -314,13 +307,8 @@ class Session:
         self._evaluation = progress["evaluation"]
         self._best = progress["best"]
 
-    def _remember_boundary(self) -> None:
-        """What a save in the middle of the next step needs: the generators now, and a way to see changes."""
-        self._random = randomness.capture()
-        self._versions = self._state.versions()
-
     def _begin_step(self) -> None:
-        self._remember_boundary()
+        self.saving.remember_boundary()
         self._in_step = True
         self._step_started = time.monotonic()
         self._record, self._clocks = {}, {"save": self._clocks.get("save", 0.0)}
@@ -330,7 +318,7 @@ class Session:
         self._in_step = False
         self.step += 1
         self.step_pace.add(seconds)
-        self._remember_boundary()
+        self.saving.remember_boundary()
         if self._metrics is not None:
             timings = {f"{name}_s": round(s, 6) for name, s in self._clocks.items()}
             self._metrics.record(step=self.step, **self._record, step_s=round(seconds, 6), **timings)
@@ -354,63 +342,33 @@ class Session:
         sign = 1 if self.config.checkpoint.best_mode == "min" else -1
         if value is not None and (self._best is None or sign * value < sign * self._best):
             self._best = value
-            self._save_reason = "best"
+            self.saving.new_best()
 
     def _act_at_boundary(self, last: bool) -> None:
-        assert self._manager is not None
-        self._manager.poll()
-        reason = self._reason_to_save(last)
-        order = ["", "interval", "steps", "best", "asked", "last"]  # so that ranks can agree by number
-        flags = [float(self._handler.notice is not None), float(self._handler.leave_now), float(order.index(reason))]
+        saving = self.saving
+        saving.manager.poll()
+        reason = saving.reason(self.step, last, self._handler.take_save_request())
+        flags = [float(self._handler.notice is not None), float(self._handler.leave_now), float(reason)]
         noticed, leave_now, agreed = self.ranks.highest(flags)
         if (noticed or leave_now) and not last:
             self._leave(without_saving=bool(leave_now))
-        if agreed and self._manager.committed_step != self.step:
-            self._save(order[int(agreed)])
-
-    def _reason_to_save(self, last: bool) -> str:
-        assert self._manager is not None
-        config = self.config.checkpoint
-        if last:
-            return "last"
-        if self._handler.take_save_request():
-            return "asked"
-        if self._save_reason is not None:
-            reason, self._save_reason = self._save_reason, None
-            return reason
-        if config.interval_steps and self.step and self.step % config.interval_steps == 0:
-            return "steps"
-        interval = config.interval_s
-        if self._manager.failure is not None:
-            interval = min(interval or _RETRY_FAILED_SAVE_S, _RETRY_FAILED_SAVE_S)
-        due = interval is not None and time.monotonic() - self._last_save >= interval
-        return "interval" if due and not self._manager.busy else ""
+        if agreed and saving.manager.committed_step != self.step:
+            self._save(REASONS[int(agreed)])
 
     def _save(self, reason: str) -> None:
-        """Stage the state of the last boundary and hand it to the background writer. Rank 0 writes."""
-        assert self._manager is not None
-        self._last_save = time.monotonic()
-        if self.ranks.rank != 0:
-            return
+        progress = {
+            "counters": self.counters,
+            "evaluated_step": self._evaluated_step,
+            "evaluation": self._evaluation,
+            "best": self._best,
+        }
+        metrics = self._evaluation if self._evaluated_step == self.step else {}
         with self.clock("save"):
-            self._manager.wait()  # its buffers are about to be written again
-            if self._manager.last_save_s is not None:
-                self.save_pace.add(self._manager.last_save_s)
-            progress = {
-                "counters": self.counters,
-                "evaluated_step": self._evaluated_step,
-                "evaluation": self._evaluation,
-                "best": self._best,
-            }
-            metrics = self._evaluation if self._evaluated_step == self.step else {}
-            values = {"step": self.step, "progress": progress}
-            snapshot = self._state.capture(self.step, self._random, values, metrics)
-            self._manager.save(snapshot)
-        self.event("save_staged", step=self.step, reason=reason, seconds=round(self._clocks["save"], 4))
+            self.saving.save(self.step, reason, {"step": self.step, "progress": progress}, metrics)
 
     def _step_still_fits(self) -> bool:
         left = max(0.0, self.step_pace.p95 - self.seconds_in_step())
-        return step_fits(time.monotonic(), self._notice_deadline(), left, self.save_pace.p95)
+        return step_fits(time.monotonic(), self._notice_deadline(), left, self.saving.pace.p95)
 
     def _notice_deadline(self) -> float:
         notice = self._handler.notice
@@ -426,26 +384,26 @@ class Session:
         if self._handler.notice is not None:
             self._notice_deadline()
         self.attempt.unmark_restoring()
-        if self._manager is None or not self._restored or without_saving:
+        if self._saving is None or without_saving:
             self.event("left", step=None, dropped_partial_step=False, saved=False)
             raise Preempted(None)
         started = time.monotonic()
-        self._manager.wait()
-        if self.step > 0 and self._manager.committed_step != self.step:
-            if self._state.versions() == self._versions:
+        manager = self._saving.manager
+        manager.wait()
+        if self.step > 0 and manager.committed_step != self.step:
+            if self._saving.is_boundary_intact():
                 self._save("notice")
             else:  # the loop has begun to change the state: what is in memory is no step's state
                 self.event("partial_step_not_saved", step=self.step)
-        dropped = self._in_step
-        self._manager.close()
+        manager.close()
         self.event(
             "left",
-            step=self._manager.committed_step,
-            dropped_partial_step=dropped,
+            step=manager.committed_step,
+            dropped_partial_step=self._in_step,
             saved=True,
             seconds=round(time.monotonic() - started, 4),
         )
-        raise Preempted(self._manager.committed_step)
+        raise Preempted(manager.committed_step)
 
     # --- as a context manager, in a user's own script -----------------------------------------------------------------
 

@@ -17,7 +17,7 @@ import torch
 from latentwire.errors import WorkloadError
 from latentwire.workloads.base import BuildContext, Workload
 from latentwire.workloads.pair import PairWorkload
-from latentwire.workloads.pair.models import make_once
+from latentwire.workloads.pair.folders import make_once
 from latentwire.workloads.pair.shapes import FAMILIES
 
 REPOSITORY = Path(__file__).parents[2]
@@ -251,7 +251,7 @@ def test_a_few_steps_lower_the_loss(workload: PairWorkload) -> None:
 
 def test_a_killed_half_made_folder_is_not_used(tmp_path: Path) -> None:
     maker = (
-        "import os, signal, sys; from pathlib import Path; from latentwire.workloads.pair.models import make_once\n"
+        "import os, signal, sys; from pathlib import Path; from latentwire.workloads.pair.folders import make_once\n"
         "def make(folder):\n"
         "    (folder / 'a').write_text('half'); os.kill(os.getpid(), signal.SIGKILL)\n"
         "make_once(Path(sys.argv[1]), make)"

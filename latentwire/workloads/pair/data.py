@@ -142,10 +142,10 @@ def _jsonl_pairs(path: Path, limit: int) -> Iterator[Pair]:
 
 
 def _row_pair(row: Any, where: str, limit: int) -> Pair:
-    texts = [row.get(key) if isinstance(row, Mapping) else None for key in ("source", "target")]
-    if not all(isinstance(text, str) and text for text in texts):
+    source, target = (row.get(key) if isinstance(row, Mapping) else None for key in ("source", "target"))
+    if not (isinstance(source, str) and source and isinstance(target, str) and target):
         raise WorkloadError(f'{where}: must be {{"source": "...", "target": "..."}}, both texts and neither empty')
-    return Pair(texts[0].encode()[:limit], texts[1])
+    return Pair(source.encode()[:limit], target)
 
 
 def _dataset_pairs(name: str, split: str, limit: int) -> Iterator[Pair]:

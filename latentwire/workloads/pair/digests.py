@@ -76,7 +76,7 @@ def _hash_file(file: Path) -> str:
 
 def _hash_tensor(tensor: torch.Tensor) -> str:
     raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return hashlib.sha256(raw.numpy()).hexdigest()
+    return hashlib.sha256(raw.numpy().data).hexdigest()
 
 
 def _combine(named: Iterable[tuple[str, str]]) -> str:

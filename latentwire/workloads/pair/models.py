@@ -6,15 +6,13 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -22,6 +20,7 @@ from latentwire.errors import WorkloadError
 from latentwire.workloads.base import BuildContext
 from latentwire.workloads.pair.data import pydoc_passages
 from latentwire.workloads.pair.digests import folder_digest, module_digest
+from latentwire.workloads.pair.folders import make_once
 from latentwire.workloads.pair.options import ModelOptions
 from latentwire.workloads.pair.shapes import FAMILIES, Family
 from latentwire.workloads.pair.tokenizer import DIALECTS, Script, make_script, train_tokenizer
@@ -39,12 +38,15 @@ class FrozenModel:
     Attributes:
         folder: what it was loaded from; holds only a tokenizer where the weights were drawn in place.
         script: its tokens.
+        head, tail: (1, n, H) embeddings of the script's fixed tokens, made once.
     """
 
     name: str
     model: PreTrainedModel
     folder: Path
     script: Script
+    head: Tensor
+    tail: Tensor
 
     @property
     def hidden_size(self) -> int:
@@ -82,7 +84,13 @@ def load_frozen(name: str, options: ModelOptions, context: BuildContext) -> Froz
     model.requires_grad_(False).eval()
     if context.gradient_checkpointing:
         _checkpoint_layers(model)
-    return FrozenModel(name, model, folder, script)
+    head, tail = (_embed(model, ids, context.device) for ids in (script.head, script.tail))
+    return FrozenModel(name, model, folder, script, head, tail)
+
+
+def _embed(model: PreTrainedModel, ids: tuple[int, ...], device: torch.device) -> Tensor:
+    embeddings: Tensor = model.get_input_embeddings()(torch.tensor([ids], dtype=torch.long, device=device))
+    return embeddings
 
 
 def _find_folder(name: str, options: ModelOptions, family: Family, context: BuildContext) -> Path:
@@ -138,37 +146,6 @@ def _random_folder(name: str, shape: str, family: Family, context: BuildContext)
             _draw(family, shape, on_cpu).save_pretrained(folder)
 
     return make_once(context.run_path.parent / "cache" / f"{name}-{shape}-{key}", make)
-
-
-def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """Make a folder so that it is whole or absent, whoever is killed and however many try at once.
-
-    A maker that is killed leaves a draft behind, ``.<name>.<random>``, which nobody reads.
-    """
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        make(draft)
-        for file in draft.iterdir():
-            _fsync(file)
-        draft.rename(folder)
-        _fsync(folder.parent)
-    except OSError:
-        if not folder.is_dir():  # else another process was first, and what it made is the same
-            raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    return folder
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _draw(family: Family, shape: str, context: BuildContext) -> PreTrainedModel:

@@ -223,12 +223,9 @@ def _to_device(batch: PairBatch, device: torch.device) -> PairBatch:
 
 def _assemble(frozen: FrozenModel, prefix: Tensor, tokens: Tensor) -> Tensor:
     """Embeddings (B, head + latent_len + tail + T, H) in the model's dtype."""
-    embed, script = frozen.model.get_input_embeddings(), frozen.script
-
-    def fixed(ids: tuple[int, ...]) -> Tensor:
-        return embed(torch.tensor(ids, dtype=torch.long, device=tokens.device)).expand(len(tokens), -1, -1)
-
-    return torch.cat([fixed(script.head), prefix.to(embed.weight.dtype), fixed(script.tail), embed(tokens)], dim=1)
+    embed, size = frozen.model.get_input_embeddings(), len(tokens)
+    prefix = prefix.to(embed.weight.dtype)
+    return torch.cat([frozen.head.expand(size, -1, -1), prefix, frozen.tail.expand(size, -1, -1), embed(tokens)], dim=1)
 
 
 def _causal_mask(target_mask: Tensor, num_before: int) -> Tensor:

@@ -1,0 +1,37 @@
+# `make run` and `make test` do all the set-up on a machine that has python3, pip and make.
+PYTHON ?= python3
+VENV ?= .venv
+RUNS ?= runs
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: run quickstart test lint drill checklist clean
+
+run: $(INSTALLED) quickstart
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "torch==2.13.0"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+quickstart: $(INSTALLED)
+	$(BIN)/python -m latentwire.orchestrate --config configs/quickstart.yaml --runs-dir $(RUNS)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+drill: $(INSTALLED)
+	$(BIN)/latentwire drill
+
+checklist: $(INSTALLED)
+	$(BIN)/latentwire checklist run --write
+
+clean:
+	rm -rf $(VENV) build *.egg-info

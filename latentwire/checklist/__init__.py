@@ -1,0 +1,1 @@
+"""Claims that prove themselves: the drill, and the items of CHECKLIST.md."""

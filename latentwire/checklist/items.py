@@ -1,0 +1,160 @@
+"""The items of CHECKLIST.md: a claim, the command that proves it, and how its output is judged."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Callable
+
+Judgement = tuple[bool, str]
+"""Passed, and the figure in words (or the reason, where it did not pass)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One claim.
+
+    Attributes:
+        name: for ``--only``.
+        claim: what is promised, in a sentence.
+        command: what is run, from the top of the repository.
+        judge: (exit code, output) -> judgement.
+        needs_gpu: cannot be shown without one.
+    """
+
+    name: str
+    claim: str
+    command: tuple[str, ...]
+    judge: Callable[[int, str], Judgement]
+    needs_gpu: bool = False
+
+
+def tests_pass(code: int, output: str) -> Judgement:
+    """The tests passed: something ran and nothing was skipped."""
+    counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", output)}
+    summary = ", ".join(f"{number} {word}" for word, number in counts.items())
+    return code == 0 and counts.get("passed", 0) > 0 and not counts.get("skipped"), summary or "no test ran"
+
+
+def kills_pass(code: int, output: str) -> Judgement:
+    """The kill tests passed; the figure is the number of kills that they printed."""
+    passed, summary = tests_pass(code, output)
+    kills = sum(int(number) for number in re.findall(r"(\d+) kills", output))
+    return passed and kills >= 200, f"{kills} kills, 0 committed checkpoints lost ({summary})"
+
+
+def loss_falls(code: int, output: str) -> Judgement:
+    """The quickstart finished and its evaluation loss fell."""
+    figures = [float(figure) for figure in re.findall(r"eval/loss ([\d.]+)", output)]
+    seconds = re.findall(r"quickstart took (\d+) s", output)
+    if code != 0 or len(figures) < 2:
+        return False, f"exit {code}, {len(figures)} evaluations"
+    took = f" in {seconds[0]} s" if seconds else ""
+    return figures[-1] < figures[0], f"evaluation loss {figures[0]:.2f} -> {figures[-1]:.2f}{took}"
+
+
+def drill_passes(code: int, output: str) -> Judgement:
+    """Every row passed and the final digests are the same."""
+    lines = [line for line in output.splitlines() if line.startswith("{")]
+    if not lines:
+        return False, f"exit {code}, no result"
+    result = json.loads(lines[-1])
+    rows = result["rows"]
+    lost = sum(row["steps_lost"] for row in rows if row["may_lose"] == 0)
+    same = result["undisturbed"] == result["disturbed"]
+    slowest = max(row["resume_s"] for row in rows)
+    return code == 0 and result["passed"], (
+        f"{sum(row['passed'] for row in rows)} of {len(rows)} disturbances recovered in {result['attempts']} attempts, "
+        f"{lost} steps lost with a notice, slowest resume {slowest:.1f} s, weights "
+        f"{'identical' if same else 'DIFFERENT'} ({result['undisturbed'].get('model', '-')[:16]})"
+    )
+
+
+def fast_enough(limit_s: float) -> Callable[[int, str], Judgement]:
+    """The median of the printed seconds is under a limit."""
+
+    def judge(code: int, output: str) -> Judgement:
+        seconds = sorted(float(figure) for figure in re.findall(r"^([\d.]+) s$", output, re.MULTILINE))
+        if code != 0 or not seconds:
+            return False, f"exit {code}"
+        median = seconds[len(seconds) // 2]
+        return median < limit_s, f"median {median:.3f} s of {len(seconds)} starts"
+
+    return judge
+
+
+def ends_well(code: int, output: str) -> Judgement:
+    """Exit code 0; the figure is the last line."""
+    lines = output.strip().splitlines()
+    return code == 0, lines[-1] if lines else f"exit {code}"
+
+
+def _pytest(*arguments: str) -> tuple[str, ...]:
+    return (sys.executable, "-m", "pytest", "-q", "-s", *arguments)
+
+
+ITEMS = (
+    Item(
+        "quickstart",
+        "The pair trains on a machine without GPU, weights or network, and its loss falls",
+        ("make", "quickstart", "RUNS=build/checklist"),
+        loss_falls,
+    ),
+    Item(
+        "drill",
+        "A run preempted in every phase, killed, and given a corrupt checkpoint keeps the bits of an undisturbed one",
+        (sys.executable, "-m", "latentwire", "drill", "--json"),
+        drill_passes,
+    ),
+    Item(
+        "kills",
+        "SIGKILL at every write point of a save loses no committed checkpoint",
+        _pytest("tests/unit/test_checkpoint_kill.py"),
+        kills_pass,
+    ),
+    Item(
+        "checkpoints",
+        "Corrupt, unsafe, torn and foreign checkpoints are found, kept aside and never used",
+        _pytest("tests/unit/test_checkpoint.py", "tests/unit/test_layout.py"),
+        tests_pass,
+    ),
+    Item(
+        "own-loop",
+        "The README's 15-line loop survives preemption with the same bits",
+        _pytest("tests/train/test_readme.py"),
+        tests_pass,
+    ),
+    Item(
+        "ranks",
+        "One and several ranks give the same bits, also when the number changes at a restart",
+        _pytest("tests/train/test_ranks.py"),
+        tests_pass,
+    ),
+    Item(
+        "orchestrator",
+        "The orchestrator can be killed at any moment and resumed; no second copy of a job ever runs",
+        _pytest("tests/train/test_orchestrate.py"),
+        tests_pass,
+    ),
+    Item(
+        "status",
+        "`latentwire status` answers in under 0.3 s",
+        ("sh", "-c", f"for i in 1 2 3 4 5; do {sys.executable} benchmarks/startup.py; done"),
+        fast_enough(0.3),
+    ),
+    Item(
+        "layers",
+        "Rooms import downwards only, and one heavy dependency lives in one room",
+        ("lint-imports",),
+        lambda code, output: (code == 0, next((w for w in output.splitlines() if w.startswith("Contracts")), "-")),
+    ),
+    Item(
+        "gpu-monitor",
+        "The monitor records a real GPU's utilisation, SM activity, memory and processes",
+        _pytest("tests/gpu/test_monitor_gpu.py"),
+        tests_pass,
+        needs_gpu=True,
+    ),
+)

@@ -1,0 +1,99 @@
+"""``latentwire checklist run``: run the items, and tick CHECKLIST.md by what came out."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+from latentwire import __version__
+from latentwire.checklist.items import ITEMS, Item
+from latentwire.elastic.inventory import cpu_model
+from latentwire.errors import ConfigError
+from latentwire.monitor.gpu import list_gpus
+from latentwire.run.atomic import write_text
+
+PATH = Path("CHECKLIST.md")
+_HEAD = """# Checklist
+
+Every box is ticked by a command that ran: `latentwire checklist run --write` writes this file. An open box says why.
+"""
+
+
+def main(only: Sequence[str], write: bool) -> int:
+    """Run items one after the other and print what came out; 0 if all that could run passed. Blocks for minutes.
+
+    Args:
+        only: names of items; empty: all.
+        write: put the results into CHECKLIST.md, leaving the items that were not run as they are.
+
+    Raises:
+        ConfigError: there is no item of that name, or this is not the top of the repository.
+    """
+    unknown = sorted(set(only) - {item.name for item in ITEMS})
+    if unknown:
+        raise ConfigError(f"there is no item {unknown[0]!r}; there are: {', '.join(item.name for item in ITEMS)}")
+    if not Path("pyproject.toml").is_file():
+        raise ConfigError("the checklist runs from the top of the repository: there is no pyproject.toml here")
+    blocks = read_blocks(PATH.read_text(encoding="utf-8") if PATH.exists() else "")
+    failed = 0
+    for item in ITEMS:
+        if only and item.name not in only:
+            continue
+        passed, figure = _run(item)
+        failed += not passed and not _lacks_gpu(item)
+        print(f"[{'x' if passed else ' '}] {item.name}: {figure}", flush=True)
+        blocks[item.name] = _block(item, passed, figure)
+    if write:
+        ordered = [blocks.get(item.name) or _block(item, False, "never ran") for item in ITEMS]
+        write_text(PATH, _HEAD + "\n" + "".join(ordered))
+    return 1 if failed else 0
+
+
+def read_blocks(text: str) -> dict[str, str]:
+    """The items of a CHECKLIST.md by name."""
+    blocks = re.split(r"(?m)^(?=- \[)", text)[1:]
+    named = ((re.match(r"- \[[ x]\] `([a-z-]+)`", block), block) for block in blocks)
+    return {match.group(1): block for match, block in named if match is not None}
+
+
+def _lacks_gpu(item: Item) -> bool:
+    return item.needs_gpu and not list_gpus()
+
+
+def _run(item: Item) -> tuple[bool, str]:
+    if _lacks_gpu(item):
+        return False, "open: needs a GPU, and this machine has none"
+    done = subprocess.run(item.command, capture_output=True, text=True, errors="replace", check=False)
+    passed, figure = item.judge(done.returncode, done.stdout)
+    if not passed:
+        sys.stderr.write(done.stdout[-3000:] + done.stderr[-3000:])
+    return passed, figure
+
+
+def _block(item: Item, passed: bool, figure: str) -> str:
+    python = shlex.quote(sys.executable)
+    command = shlex.join(item.command).replace(python, "python")
+    return (
+        f"- [{'x' if passed else ' '}] `{item.name}` {item.claim}\n"
+        f"  - figure: {figure}\n"
+        f"  - when, where: {datetime.date.today().isoformat()}, {_machine()}\n"
+        f"  - command: `{command}`\n"
+    )
+
+
+def _machine() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    model = cpu_model(cpuinfo.read_text().splitlines() if cpuinfo.exists() else [])
+    gpus = ", ".join(gpu.name for gpu in list_gpus()) or "no GPU"
+    return (
+        f"{os.cpu_count()} cores of {model}, {gpus}, {platform.system()} {platform.machine()}, "
+        f"Python {platform.python_version()}, torch {metadata.version('torch')}, latentwire {__version__}"
+    )

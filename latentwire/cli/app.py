@@ -1,0 +1,57 @@
+"""The typer app: every command by its name. What a command needs beyond typer is imported inside it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from latentwire import __version__
+from latentwire.cli import status
+from latentwire.cli.checkpoints import checkpoints
+from latentwire.cli.checks import checklist, drill
+from latentwire.cli.config import config
+from latentwire.cli.control import cancel, preempt
+from latentwire.cli.events import events
+from latentwire.cli.logs import logs
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"latentwire {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def latentwire(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Training runs that survive preemption: look at them, steer them, check them.
+
+    Runs are started with: python -m latentwire.orchestrate
+    """
+
+
+@app.command("status", help=status.SUMMARY)
+def _listed_here_run_by_main() -> None:
+    status.main([])
+
+
+app.command()(logs)
+app.command()(events)
+app.command()(preempt)
+app.command()(cancel)
+app.add_typer(config)
+app.add_typer(checkpoints)
+app.command()(drill)
+app.add_typer(checklist)

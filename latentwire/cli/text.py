@@ -1,0 +1,83 @@
+"""Text for people: durations and sizes in words, aligned columns, and nothing in it that a terminal would obey."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+NOTHING = "-"
+_GAP = "  "
+_RECENT_S = 2.0
+
+# C0 but for tab and newline, DEL and C1; marks that turn the direction of writing; halves of characters
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    r"""The text with control characters written out (``\x1b``); lines and tabs stay."""
+    return _OBEYED.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def one_line(text: str) -> str:
+    """As ``visible``, with lines and tabs written out too."""
+    return visible(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def duration(seconds: float | None) -> str:
+    """``45 s``, ``3 min``, ``2 h 5 min``, ``3 d 4 h``."""
+    if seconds is None or not 0 <= seconds < float("inf"):
+        return NOTHING
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = int(seconds // 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 24:
+        return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+    days, hours = divmod(hours, 24)
+    return f"{days} d {hours} h" if hours else f"{days} d"
+
+
+def ago(then: float | None, now: float) -> str:
+    """``3 min ago``; the clocks of two hosts may differ, so that the near future counts as now."""
+    if then is None:
+        return NOTHING
+    return "just now" if now - then < _RECENT_S else f"{duration(now - then)} ago"
+
+
+def size(num_bytes: int) -> str:
+    """``17.1 kB``; powers of 1000."""
+    if num_bytes < 1000:
+        return f"{num_bytes} B"
+    power = next((p for p in (1, 2, 3) if num_bytes < 999.95 * 1000**p), 4)
+    return f"{num_bytes / 1000**power:.1f} {('kB', 'MB', 'GB', 'TB')[power - 1]}"
+
+
+def figure(value: Any) -> str:
+    """A number with four significant digits or more, anything else as it is, nothing as a dash."""
+    if value is None:
+        return NOTHING
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
+    return str(value)
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """One line for each row, its cells aligned; on a terminal cut to its width."""
+    cells = [[one_line(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [_GAP.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    if not sys.stdout.isatty():
+        return lines
+    limit = max(20, shutil.get_terminal_size().columns)
+    return [line if len(line) <= limit else line[: limit - 1] + "…" for line in lines]
+
+
+def coloured() -> bool:
+    """Whether colours are welcome: a terminal, and NO_COLOR (https://no-color.org) not set."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")

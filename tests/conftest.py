@@ -1,0 +1,15 @@
+"""Options of the whole suite."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--kills",
+        type=int,
+        default=200,
+        help="kill a save at least so many times; what exceeds the number of write points is killed at random",
+    )
+    parser.addoption("--kill-seed", type=int, default=None, help="repeat the random kills of an earlier run")

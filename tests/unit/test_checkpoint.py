@@ -1,0 +1,680 @@
+"""The CheckpointManager on a real disk: what is committed comes back, what is damaged or hostile never does."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoint_parts import (
+    BEST_STEP,
+    METRIC,
+    Events,
+    assert_holds,
+    assert_sound,
+    commit,
+    committed_steps,
+    digest_of,
+    open_manager,
+    plain,
+    rewrite_manifest,
+    snapshot,
+    tensor,
+)
+
+from latentwire.checkpoint import layout, reader
+from latentwire.checkpoint.layout import Snapshot, step_name
+from latentwire.checkpoint.manager import CheckpointManager
+from latentwire.errors import (
+    CheckpointError,
+    CheckpointTooNew,
+    Fenced,
+    NoSpace,
+    NoUsableCheckpoint,
+)
+from latentwire.run.directory import Attempt, Run
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "checkpoints"
+
+
+@pytest.fixture
+def events() -> Events:
+    return Events()
+
+
+@pytest.fixture
+def manager(folder: Path, events: Events) -> Iterator[CheckpointManager]:
+    manager = open_manager(folder, event=events)
+    yield manager
+    manager.close()
+
+
+def next_attempt(folder: Path, events: Events | None = None, token: int = 2, **options: Any) -> CheckpointManager:
+    """A manager as a restarted job opens it."""
+    manager = open_manager(folder, token, event=Events() if events is None else events, **options)
+    manager.sweep()
+    return manager
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+# ---- Save and restore ------------------------------------------------------------------------------------------------
+
+
+def test_what_is_saved_is_restored(manager: CheckpointManager, folder: Path) -> None:
+    commit(manager, 7)
+    loaded = next_attempt(folder).restore()
+    assert_holds(loaded, snapshot(7))
+    assert loaded is not None
+    assert loaded.manifest.attempt == 1
+    assert loaded.manifest.identity == manager.identity
+    assert_sound(folder / step_name(7))
+
+
+def test_a_run_without_checkpoints_starts_at_nothing(manager: CheckpointManager) -> None:
+    assert manager.restore() is None
+    assert manager.committed_step is None
+
+
+def test_events_tell_the_story_of_a_save(manager: CheckpointManager, events: Events) -> None:
+    commit(manager, 1)
+    assert [event["event"] for event in events] == ["save_started", "save_committed", "save_verified"]
+    assert {event["step"] for event in events} == {1}
+    assert events[0]["bytes"] == snapshot(1).num_bytes
+    assert manager.committed_step == 1
+    assert not manager.busy
+
+
+def test_a_state_without_tensors_and_with_empty_ones(manager: CheckpointManager, folder: Path) -> None:
+    state = Snapshot(1, {"model": {}, "ema": {"empty": tensor("f", []), "one": tensor("q", [3])}}, {})
+    manager.save(state)
+    manager.wait()
+    assert_holds(next_attempt(folder).restore(), state)
+
+
+def test_the_background_does_not_hold_the_caller_up(folder: Path) -> None:
+    may_write, is_writing = threading.Event(), threading.Event()
+
+    def fence() -> None:
+        is_writing.set()
+        may_write.wait()
+
+    manager = open_manager(folder, fence=fence)
+    manager.save(snapshot(1))
+    is_writing.wait()
+    assert manager.busy
+    assert manager.committed() == []
+    may_write.set()
+    manager.wait()
+    assert not manager.busy
+    assert committed_steps(manager) == [1]
+    manager.close()
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_a_group_in_several_files_comes_back_whole(folder: Path, threads: int) -> None:
+    manager = open_manager(folder, threads=threads, shard_bytes=1)
+    commit(manager, 1)
+    manager.close()
+    names = reader.read_manifest(folder / step_name(1)).groups
+    assert names["model"] == ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    assert_holds(next_attempt(folder, threads=threads).restore(), snapshot(1))
+
+
+def test_the_digest_of_the_model_is_that_of_its_file(folder: Path) -> None:
+    manager = open_manager(folder, shard_bytes=1 << 20)
+    commit(manager, 1)
+    manager.close()
+    manifest = reader.read_manifest(folder / step_name(1))
+    assert manifest.group_sha256("model") == digest_of(folder / step_name(1) / "model.safetensors").sha256
+    assert manifest.group_sha256("nothing") is None
+
+
+def test_the_digest_of_a_divided_model_changes_with_any_of_its_files(manager: CheckpointManager, folder: Path) -> None:
+    commit(manager, 1, 2)
+    first, second = (reader.read_manifest(folder / step_name(step)).group_sha256("model") for step in (1, 2))
+    assert first is not None
+    assert len(first) == 64
+    assert first != second
+
+
+def test_the_files_open_with_the_safetensors_library(folder: Path) -> None:
+    official = pytest.importorskip("safetensors.numpy")
+    manager = open_manager(folder, shard_bytes=1 << 20)
+    commit(manager, 3)
+    manager.close()
+    for group, expected in snapshot(3).tensors.items():
+        arrays = official.load_file(folder / step_name(3) / f"{group}.safetensors")
+        assert {name: (array.shape, array.tobytes()) for name, array in arrays.items()} == {
+            name: (t.shape, bytes(t.data)) for name, t in expected.items()
+        }
+
+
+def test_the_files_of_the_safetensors_library_read_here(tmp_path: Path) -> None:
+    official = pytest.importorskip("safetensors.numpy")
+    numpy = pytest.importorskip("numpy")
+    arrays = {"a": numpy.arange(6, dtype=numpy.int64).reshape(2, 3), "b": numpy.ones((), numpy.float16)}
+    decoded = layout.decode_tensors(memoryview(official.save(arrays, {"who": "the library"})), "here")
+    assert {n: (t.dtype, t.shape, bytes(t.data)) for n, t in decoded.items()} == {
+        "a": ("I64", (2, 3), arrays["a"].tobytes()),
+        "b": ("F16", (), arrays["b"].tobytes()),
+    }
+
+
+# ---- Which ones stay -------------------------------------------------------------------------------------------------
+
+
+def test_the_newest_and_the_best_stay(manager: CheckpointManager, events: Events) -> None:
+    commit(manager, 1, 2, 3, 4, 5, 6)
+    assert committed_steps(manager) == [BEST_STEP, 5, 6]
+    assert [event["step"] for event in events.named("checkpoint_pruned")] == [1, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("options", "stay"),
+    [({"best_metric": None}, [4, 5]), ({"best_mode": "max"}, [4, 5]), ({"keep": 3}, [2, 3, 4, 5]),
+     ({"best_metric": "never/measured"}, [4, 5])],
+)  # fmt: skip
+def test_retention_follows_the_config(folder: Path, options: dict[str, Any], stay: list[int]) -> None:
+    manager = open_manager(folder, **options)
+    commit(manager, 1, 2, 3, 4, 5)
+    manager.close()
+    assert committed_steps(manager) == stay
+
+
+def test_a_metric_that_is_no_number_is_never_the_best(folder: Path) -> None:
+    manager = open_manager(folder)
+    for step in (1, 2, 3, 4):
+        state = snapshot(step)
+        manager.save(Snapshot(step, state.tensors, state.values, {METRIC: float("nan") if step == 1 else 5.0 - step}))
+        manager.wait()
+    manager.close()
+    assert committed_steps(manager) == [3, 4]
+
+
+def test_nothing_is_pruned_before_the_new_one_is_verified(folder: Path) -> None:
+    order = Events()
+    manager = open_manager(folder, event=order, best_metric=None, keep=1)
+    commit(manager, 1, 2)
+    manager.close()
+    story = [(event["event"], event["step"]) for event in order if event["event"] != "save_started"]
+    assert story == [
+        ("save_committed", 1), ("save_verified", 1),
+        ("save_committed", 2), ("save_verified", 2), ("checkpoint_pruned", 1),
+    ]  # fmt: skip
+
+
+def test_a_save_that_reads_back_wrong_replaces_nothing(folder: Path) -> None:
+    """A disk that gives back other bytes: the damaged one goes to quarantine and the older one stays."""
+
+    def event(name: str, **fields: Any) -> None:
+        events(name, **fields)
+        if name == "save_committed" and fields["step"] == 2:
+            flip_a_bit(folder / step_name(2) / layout.STATE)
+
+    events = Events()
+    manager = open_manager(folder, event=event, keep=1, best_metric=None)
+    commit(manager, 1, 2)
+    assert committed_steps(manager) == [1]
+    assert [e["step"] for e in events.named("save_failed")] == [2]
+    assert len(events.named("checkpoint_quarantined")) == 1
+    with pytest.raises(CheckpointError, match="could not be written"):
+        manager.close()
+
+
+# ---- Damage ----------------------------------------------------------------------------------------------------------
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def lengthen(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\n")
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+FILES = [
+    layout.MANIFEST, layout.SUMS, layout.STATE, "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
+    "optimizer-00001-of-00002.safetensors", "optimizer-00002-of-00002.safetensors",
+]  # fmt: skip
+
+
+def test_the_damaged_files_below_are_all_that_there_are(manager: CheckpointManager, folder: Path) -> None:
+    commit(manager, 1)
+    assert {path.name for path in (folder / step_name(1)).iterdir()} == {*FILES, layout.VERIFIED}
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, cut, empty, lengthen, remove])
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_newest_is_quarantined_and_the_next_older_taken(
+    manager: CheckpointManager, folder: Path, damage: Callable[[Path], None], name: str
+) -> None:
+    commit(manager, 1, 2)
+    damage(folder / step_name(2) / name)
+    damaged = listing(folder / step_name(2))
+    events = Events()
+    again = next_attempt(folder, events)
+    assert_holds(again.restore(), snapshot(1))
+    assert again.committed_step == 1
+    assert committed_steps(again) == [1]
+    [record] = events.named("checkpoint_quarantined")
+    assert record["path"] == step_name(2)
+    assert record["reason"]
+    assert listing(Path(record["moved_to"])) == damaged, "kept as it was, for a look"
+
+    commit(again, 2)
+    assert committed_steps(again) == [1, 2]
+    assert_sound(folder / step_name(2))
+
+
+def test_when_all_are_damaged_nothing_starts_over_in_silence(manager: CheckpointManager, folder: Path) -> None:
+    commit(manager, 1, 2)
+    for step in (1, 2):
+        flip_a_bit(folder / step_name(step) / layout.STATE)
+    for token in (2, 3):
+        with pytest.raises(NoUsableCheckpoint, match="step 0"):
+            next_attempt(folder, token=token).restore()
+    good = next((folder / layout.QUARANTINE).glob(f"{step_name(1)}*"))
+    flip_a_bit(good / layout.STATE)
+    good.rename(folder / step_name(1))
+    assert_holds(next_attempt(folder, token=4).restore(), snapshot(1))
+
+
+def test_a_lost_mark_of_verification_costs_nothing(manager: CheckpointManager, folder: Path) -> None:
+    commit(manager, 1)
+    (folder / step_name(1) / layout.VERIFIED).unlink()
+    again = next_attempt(folder)
+    assert_holds(again.restore(), snapshot(1))
+    assert reader.is_verified(folder / step_name(1))
+
+
+def test_a_plain_file_in_the_place_of_a_checkpoint_is_moved_away(manager: CheckpointManager, folder: Path) -> None:
+    commit(manager, 1)
+    (folder / step_name(2)).write_text("not a folder")
+    assert_holds(next_attempt(folder).restore(), snapshot(1))
+
+
+def test_saving_over_a_damaged_checkpoint_of_that_step_mends_it(manager: CheckpointManager, folder: Path) -> None:
+    commit(manager, 1)
+    cut(folder / step_name(1) / layout.STATE)
+    commit(manager, 1)
+    assert_sound(folder / step_name(1))
+    assert len(os.listdir(folder / layout.QUARANTINE)) == 1
+
+
+def test_the_same_step_twice_leaves_the_first(manager: CheckpointManager, folder: Path, events: Events) -> None:
+    commit(manager, 1)
+    before = listing(folder)
+    commit(manager, 1)
+    assert listing(folder) == before
+    assert len(events.named("save_committed")) == 2
+    assert events.named("save_failed") == []
+
+
+# ---- Those that attempts died of -------------------------------------------------------------------------------------
+
+
+def test_each_checkpoint_is_marked_before_it_is_read(manager: CheckpointManager, folder: Path) -> None:
+    commit(manager, 1, 2)
+    cut(folder / step_name(2) / layout.STATE)
+    marks: list[tuple[str, bool]] = []
+    again = next_attempt(folder)
+    again.restore(attempting=lambda name: marks.append((name, (folder / name).exists())))
+    assert marks == [(step_name(2), True), (step_name(1), True)]
+
+
+def test_a_deadly_checkpoint_is_skipped_and_stays(manager: CheckpointManager, folder: Path) -> None:
+    commit(manager, 1, 2)
+    events = Events()
+    again = next_attempt(folder, events)
+    assert_holds(again.restore(skip={step_name(2)}), snapshot(1))
+    assert [event["path"] for event in events.named("checkpoint_skipped")] == [step_name(2)]
+    assert committed_steps(again) == [1, 2]
+
+
+def test_a_deadly_checkpoint_is_better_than_none(manager: CheckpointManager, folder: Path) -> None:
+    commit(manager, 1, 2)
+    flip_a_bit(folder / step_name(1) / layout.STATE)
+    assert_holds(next_attempt(folder).restore(skip={step_name(2)}), snapshot(2))
+
+
+# ---- Hostile and foreign checkpoints ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", ".hidden", "sub/x", "..", layout.VERIFIED])
+@pytest.mark.parametrize("place", ["files", "groups", "sums"])
+def test_a_manifest_that_leaves_its_folder_is_refused(
+    manager: CheckpointManager, folder: Path, name: str, place: str
+) -> None:
+    commit(manager, 1, 2)
+    outside = folder / "x"
+    outside.write_bytes(b"outside")
+    record = digest_of(outside)
+
+    def lure(tree: dict[str, Any]) -> None:
+        if place != "sums":
+            tree["files"][name] = {"bytes": record.num_bytes, "sha256": record.sha256}
+        if place == "groups":
+            tree["groups"]["model"].append(name)
+
+    rewrite_manifest(folder / step_name(2), lure)
+    sums = folder / step_name(2) / layout.SUMS
+    if place == "sums":
+        sums.write_text(f"{sums.read_text()}{record.sha256}  {name}\n")
+    else:
+        sums.write_text("".join(line for line in sums.read_text().splitlines(True) if not line.endswith(f"  {name}\n")))
+    assert_refused(folder, "only plain names")
+    assert outside.read_bytes() == b"outside"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_link_is_refused_even_to_the_right_bytes(manager: CheckpointManager, folder: Path, name: str) -> None:
+    commit(manager, 1, 2)
+    path = folder / step_name(2) / name
+    outside = path.rename(folder.parent / "outside")
+    path.symlink_to(outside)
+    before = outside.read_bytes()
+    assert_refused(folder, "is a link")
+    assert outside.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_pipe_is_refused_and_holds_nobody_up(manager: CheckpointManager, folder: Path, name: str) -> None:
+    commit(manager, 1, 2)
+    path = folder / step_name(2) / name
+    path.unlink()
+    os.mkfifo(path)
+    assert_refused(folder, name)
+
+
+def test_a_folder_in_the_place_of_a_file_is_refused(manager: CheckpointManager, folder: Path) -> None:
+    commit(manager, 1, 2)
+    path = folder / step_name(2) / layout.STATE
+    path.unlink()
+    path.mkdir()
+    assert_refused(folder, layout.STATE)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [(layout.STATE, b"[" * 200_000), (layout.STATE, b"\xff\xfe"), (layout.STATE, b"{"),
+     ("model-00001-of-00002.safetensors", b"\0" * 7), ("model-00001-of-00002.safetensors", b"\xff" * 64)],
+)  # fmt: skip
+def test_files_that_are_not_what_they_say_are_refused(
+    manager: CheckpointManager, folder: Path, name: str, content: bytes
+) -> None:
+    """The digests are right: somebody made them so."""
+    commit(manager, 1, 2)
+    path = folder / step_name(2) / name
+    path.write_bytes(content)
+    record = digest_of(path)
+    forged = {"bytes": record.num_bytes, "sha256": record.sha256}
+    rewrite_manifest(path.parent, lambda tree: tree["files"].update({name: forged}))
+    assert_refused(folder, name)
+
+
+def assert_refused(folder: Path, reason: str) -> None:
+    """The newest is moved away for that reason, and the older one taken."""
+    events = Events()
+    assert_holds(next_attempt(folder, events).restore(), snapshot(1))
+    [record] = events.named("checkpoint_quarantined")
+    assert reason in record["reason"]
+
+
+def test_a_newer_format_stops_and_is_left_in_its_place(manager: CheckpointManager, folder: Path) -> None:
+    commit(manager, 1, 2)
+    rewrite_manifest(folder / step_name(2), lambda tree: tree.update(format=layout.FORMAT + 1))
+    before = listing(folder)
+    with pytest.raises(CheckpointTooNew, match="upgrade latentwire"):
+        next_attempt(folder).restore()
+    assert listing(folder) == before
+
+
+# ---- A newer attempt -------------------------------------------------------------------------------------------------
+
+
+class Split:
+    """A run whose old attempt still saves when a new one, on another node, takes over."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.old = run.claim_attempt("1", "local")
+        self.new: Attempt | None = None
+
+    def take_over(self) -> CheckpointManager:
+        self.new = self.run.claim_attempt("2", "local")
+        manager = open_manager(self.run.checkpoints, self.new.number, self.new.assert_newest)
+        manager.sweep()
+        return manager
+
+    def take_over_at(self, call: int, before: bool) -> Callable[[], None]:
+        """The old attempt's fence, at whose n-th call the new attempt appears: right before it looks, or after."""
+        calls: list[int] = []
+
+        def fence() -> None:
+            calls.append(len(calls) + 1)
+            if before and len(calls) == call:
+                self.take_over()
+            self.old.assert_newest()
+            if not before and len(calls) == call:
+                self.take_over()
+
+        return fence
+
+
+BEFORE_WRITING, BEFORE_THE_RENAME = 1, 2
+
+
+@pytest.mark.parametrize("call", [BEFORE_WRITING, BEFORE_THE_RENAME])
+@pytest.mark.parametrize("before", [True, False], ids=["before the look", "after the look"])
+def test_a_superseded_attempt_commits_nothing(run: Run, call: int, before: bool) -> None:
+    split, events = Split(run), Events()
+    stale = open_manager(run.checkpoints, split.old.number, split.take_over_at(call, before), events)
+    stale.save(snapshot(1))
+    with pytest.raises(Fenced, match="superseded by attempt 2"):
+        stale.close()
+    assert os.listdir(run.checkpoints) == []
+    assert events.named("save_committed") == []
+
+
+def test_a_superseded_attempt_prunes_nothing(run: Run) -> None:
+    split = Split(run)
+    stale = open_manager(
+        run.checkpoints, split.old.number, split.take_over_at(3, before=True), keep=1, best_metric=None
+    )
+    commit(open_manager(run.checkpoints), 1)
+    stale.save(snapshot(2))
+    with pytest.raises(Fenced):
+        stale.close()
+    assert committed_steps(stale) == [1, 2], "committed before the other appeared, and whole"
+    assert_sound(run.checkpoints / step_name(2))
+
+
+def test_a_superseded_attempt_quarantines_nothing(run: Run) -> None:
+    split = Split(run)
+    stale = open_manager(run.checkpoints, split.old.number, split.old.assert_newest)
+    commit(stale, 1)
+    new = split.take_over()
+    cut(run.checkpoints / step_name(1) / layout.STATE)
+    with pytest.raises(Fenced):
+        stale.restore()
+    assert committed_steps(new) == [1]
+
+
+def test_a_rename_in_the_midst_of_the_sweep_shows_nothing_torn(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stale writer had looked at the fence, and renames while the new attempt is removing its files."""
+    old = open_manager(run.checkpoints, token=1)
+    commit(old, 1)
+    hidden = run.checkpoints / f"{layout.SAVING_PREFIX}0001-00000002"
+    final = run.checkpoints / step_name(2)
+    shutil.copytree(run.checkpoints / step_name(1), hidden)
+    remove_tree = shutil.rmtree
+
+    def interrupted(path: Path, ignore_errors: bool = False) -> None:
+        next(path.glob("*.safetensors")).unlink()
+        if hidden.exists():
+            hidden.rename(final)
+        remove_tree(path, ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    new = next_attempt(run.checkpoints)
+    assert committed_steps(new) == [1]
+    assert sorted(os.listdir(run.checkpoints)) == [step_name(1)]
+
+
+def test_a_sweep_leaves_what_newer_attempts_are_writing(folder: Path) -> None:
+    manager = open_manager(folder, token=2)
+    mine, newer, older = (folder / f"{layout.SAVING_PREFIX}{token:04d}-00000001" for token in (2, 3, 1))
+    for path in (mine, newer, older):
+        path.mkdir()
+    manager.sweep()
+    assert sorted(folder.iterdir()) == [mine, newer]
+
+
+def test_two_managers_on_one_folder_leave_whole_checkpoints(folder: Path) -> None:
+    """Without a fence between them, as two nodes may be for a moment."""
+    managers = [open_manager(folder, token, threads=2) for token in (1, 2)]
+    for step in (1, 2, 3):
+        for manager in managers:
+            manager.save(snapshot(step))
+    for manager in managers:
+        manager.wait()
+    assert {1, 2, 3} >= set(committed_steps(managers[0])) >= {2, 3}
+    for path in managers[0].committed():
+        assert_sound(path)
+
+
+def test_two_ranks_that_meet_a_damaged_checkpoint_take_the_same_older_one(
+    manager: CheckpointManager, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit(manager, 1, 2)
+    cut(folder / step_name(2) / layout.STATE)
+    first, second = next_attempt(folder), next_attempt(folder)
+    rename = os.rename
+
+    def overtaken(source: Path, target: Path) -> None:
+        monkeypatch.setattr(os, "rename", rename)
+        assert_holds(second.restore(), snapshot(1))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", overtaken)
+    assert_holds(first.restore(), snapshot(1))
+    assert len(os.listdir(folder / layout.QUARANTINE)) == 1
+
+
+# ---- The disk refuses ------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_costs_one_save(small_disk: Path) -> None:
+    events = Events()
+    manager = open_manager(small_disk / "checkpoints", event=events)
+    manager.save(large(1))
+    manager.wait()
+    filler = small_disk / "filler"
+    fill(filler)
+
+    manager.save(large(2))
+    manager.wait()
+    [failure] = events.named("save_failed")
+    assert (failure["step"], failure["errno"]) == (2, "ENOSPC")
+    assert manager.failure is not None
+    assert manager.committed_step == 1
+    assert os.listdir(manager.folder) == [step_name(1)], "no half-written remains take up the space"
+    assert_holds(open_manager(manager.folder, 2).restore(), large(1))
+
+    filler.unlink()
+    manager.save(large(3))
+    manager.wait()
+    assert manager.failure is None
+    assert_holds(open_manager(manager.folder, 2).restore(), large(3))
+    manager.close()
+
+
+def test_a_last_save_that_failed_is_told_at_the_end(small_disk: Path) -> None:
+    manager = open_manager(small_disk / "checkpoints")
+    manager.save(large(1))
+    manager.wait()
+    fill(small_disk / "filler")
+    manager.save(large(2))
+    with pytest.raises(CheckpointError, match=r"No space left.*step 1 is the newest.*Free space"):
+        manager.close()
+
+
+def large(step: int) -> Snapshot:
+    return snapshot(step, num_items=30_000)
+
+
+def fill(path: Path) -> None:
+    with open(path, "wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        while True:
+            file.write(b"\0" * 4096)
+
+
+def test_too_little_space_is_refused_with_figures(small_disk: Path) -> None:
+    manager = open_manager(small_disk / "checkpoints")
+    manager.check_space(1 << 19)
+    with pytest.raises(NoSpace, match=r"needs about 0.002 GB and .* has 0.001 GB free"):
+        manager.check_space(1 << 21)
+
+
+def test_what_the_background_ran_into_surfaces_at_the_next_poll_save_and_close(folder: Path) -> None:
+    def broken() -> CheckpointManager:
+        manager = open_manager(folder)
+        manager.save(Snapshot(1, {}, {"value": object()}))
+        return manager
+
+    manager = broken()
+    while manager.busy:
+        threading.Event().wait(0.001)
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        manager.poll()
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        broken().save(snapshot(2))
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        broken().close()
+    assert os.listdir(folder) == []
+
+
+@pytest.mark.parametrize("group", ["modèle", "../x", ".hidden", "a b", ""])
+def test_a_group_that_could_not_be_read_back_is_not_written(folder: Path, group: str) -> None:
+    manager = open_manager(folder)
+    manager.save(Snapshot(1, {group: {"w": tensor("f", [1.0])}}, {}))
+    with pytest.raises(CheckpointError, match="name"):
+        manager.close()
+    assert os.listdir(folder) == []
+
+
+def test_equal_snapshots_give_equal_files(folder: Path) -> None:
+    """Else the digest of the weights would say nothing about the weights."""
+    digests = []
+    for name in ("a", "b"):
+        manager = open_manager(folder / name)
+        commit(manager, 1)
+        manager.close()
+        digests.append(json.loads((folder / name / step_name(1) / layout.MANIFEST).read_text())["files"])
+    assert digests[0] == digests[1]
+    assert plain(snapshot(1).tensors) == plain(snapshot(1).tensors)
