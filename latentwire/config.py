@@ -41,7 +41,7 @@ class WorkloadSection(Section):
     """What is trained."""
 
     target: str
-    """``module:Class`` or ``file.py:Class`` of a Workload, or ``module:function`` taking a Session."""
+    """``module:Class`` or ``file.py:Class`` of a Workload, or ``module:function`` taking a Session, or ``script``."""
     options: dict[str, Any] = {}
     """Given to the workload; checked by the ``Options`` model beside it."""
 

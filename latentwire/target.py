@@ -12,6 +12,9 @@ import pydantic
 
 from latentwire.errors import ConfigError, WorkloadError
 
+SCRIPT = "script"
+"""The target of a run that a user's own script drives through a Session: there is nothing to import."""
+
 
 def load_target(target: str) -> Any:
     """The class or function that the target names; imports its module.
@@ -20,6 +23,8 @@ def load_target(target: str) -> Any:
         ConfigError: the target is not of the right form.
         WorkloadError: there is no such module, file or name.
     """
+    if target == SCRIPT:
+        raise WorkloadError("this run is driven by a script of its own: start that script again")
     module, name = _import_module(target)
     try:
         return getattr(module, name)
@@ -36,6 +41,8 @@ def options_model(target: str) -> type[pydantic.BaseModel] | None:
     Raises:
         ConfigError, WorkloadError: as ``load_target``.
     """
+    if target == SCRIPT:
+        return None
     module, _ = _import_module(target)
     model = getattr(module, "Options", None)
     return model if isinstance(model, type) and issubclass(model, pydantic.BaseModel) else None

@@ -120,6 +120,12 @@ class Run:
         fsync_directory(parent)
         return Attempt(self, number)
 
+    def running_attempt(self) -> Attempt | None:
+        """The newest attempt, if its agent is alive on this host."""
+        attempts = self.attempts()
+        agent = attempts[-1].agent() if attempts else None
+        return attempts[-1] if agent is not None and agent.is_alive() else None
+
     def deadly_checkpoints(self) -> set[str]:
         """Names of checkpoints that two attempts or more began to load and were not heard of again."""
         names = [attempt.restoring() for attempt in self.attempts()]

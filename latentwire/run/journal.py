@@ -79,7 +79,7 @@ class Journal:
         return not self._unwritten
 
     def _write(self, fields: dict[str, Any]) -> bool:
-        line = (json.dumps(_strict(fields), allow_nan=False) + "\n").encode()
+        line = (json.dumps(_strict(fields), allow_nan=False, default=str) + "\n").encode()
         data = b"\n" + line if self._torn else line  # the rest of a torn line must not swallow this one too
         try:
             num_written = os.write(self._descriptor, data)
@@ -148,7 +148,7 @@ class Follower:
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
 

@@ -7,8 +7,9 @@ import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from latentwire.errors import RunBusy
 from latentwire.run.atomic import read_json, write_json
@@ -48,10 +49,24 @@ class Lease:
                     f"{self.path.parent.name} is held by the orchestrator with pid {holder.pid} on {holder.host}; "
                     f"stop that one first (kill -TERM {holder.pid}), or look on with: latentwire status"
                 )
-            self.renew()
+            self._write()
 
     def renew(self) -> None:
-        """Say that we are still here; at least once a minute."""
+        """Say that we are still here; at least once a minute.
+
+        Raises:
+            RunBusy: we did not for so long that another orchestrator took over.
+        """
+        named = self._named(read_json(self.path))
+        if named not in (None, self._me):
+            assert named is not None
+            raise RunBusy(
+                f"{self.path.parent.name} was taken over by the orchestrator with pid {named.pid} on {named.host} "
+                "while this one did not renew its lease: this one submits nothing more for it"
+            )
+        self._write()
+
+    def _write(self) -> None:
         write_json(self.path, {"holder": dataclasses.asdict(self._me), "renewed": self._clock()})
 
     def release(self) -> None:
@@ -62,7 +77,7 @@ class Lease:
     def holder(self) -> ProcessIdentity | None:
         """The living holder, or None."""
         record = read_json(self.path)
-        holder = ProcessIdentity.from_json(record.get("holder")) if isinstance(record, dict) else None
+        holder = self._named(record)
         if holder is None:
             return None
         alive = holder.is_alive()
@@ -70,11 +85,16 @@ class Lease:
             alive = self._clock() - float(record.get("renewed", 0)) < STALE_AFTER_S
         return holder if alive else None
 
+    @staticmethod
+    def _named(record: Any) -> ProcessIdentity | None:
+        return ProcessIdentity.from_json(record.get("holder")) if isinstance(record, dict) else None
+
     @contextmanager
     def _lock(self) -> Iterator[None]:
         descriptor = os.open(self.path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            with suppress(OSError):  # Lustre mounted without locks; see above
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
         finally:
             os.close(descriptor)

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,12 +32,13 @@ from latentwire.checkpoint import reader
 from latentwire.checkpoint.layout import step_name
 from latentwire.checkpoint.manager import CheckpointManager
 from latentwire.checkpoint.reader import Loaded
-from latentwire.config import Config, differences
-from latentwire.errors import CheckpointMismatch
+from latentwire.config import Config, differences, parse_config
+from latentwire.errors import CheckpointMismatch, ConfigError, RunBusy
 from latentwire.preemption.deadline import Pace, deadline, step_fits
 from latentwire.preemption.handler import Preempted, PreemptionHandler
-from latentwire.run.directory import Attempt, Run, create_run
+from latentwire.run.directory import PREFIX, Attempt, Run, create_run
 from latentwire.run.journal import Journal
+from latentwire.target import SCRIPT
 from latentwire.train import data as data_module
 from latentwire.train import randomness
 from latentwire.train.order import SampleOrder, derive_seed
@@ -52,19 +52,28 @@ class Session:
 
     Args:
         path: the run's directory, ``runs/experiment_<name>``; made if missing.
-        seed: everything random follows from it.
+        seed: all generators start from it, also those that initialise a model after this call.
         settings: sections of the config by name, for example ``checkpoint={"interval_s": 60}``.
 
     Raises:
-        ConfigError, RunConflict: the settings are wrong, or the directory belongs to another seed.
+        ConfigError: the settings are wrong.
+        RunConflict: the directory belongs to another seed.
+        RunBusy: the same script is already running on this host.
     """
 
     def __init__(self, path: str | Path, seed: int = 0, **settings: Mapping[str, Any]) -> None:
         path = Path(path).absolute()
-        name = path.name.removeprefix("experiment_")
-        tree = {"name": name, "seed": seed, "workload": {"target": f"{Path(sys.argv[0]).name}:script"}, **settings}
-        config = Config.model_validate(tree)
+        name = path.name.removeprefix(PREFIX)
+        if not path.name.startswith(PREFIX):
+            raise ConfigError(
+                f"{path.name}: a run's directory is named {PREFIX}<name>; try {path.parent / PREFIX}{name}"
+            )
+        config = parse_config({"name": name, "seed": seed, "workload": {"target": SCRIPT}, **settings}, where=str(path))
         run = create_run(config, path.parent)
+        running = run.running_attempt()
+        if running is not None:
+            raise RunBusy(f"{path} is in use by attempt {running.number}, {running.agent()}: wait for it, or end it")
+        randomness.seed_everything(seed)
         attempt = run.claim_attempt(os.environ.get("SLURM_JOB_ID", str(os.getpid())), "script")
         self._agent_journal: Journal | None = Journal(attempt.path / "events.agent.jsonl")
         self._agent_journal.event("attempt_started", total_steps=None)
@@ -237,7 +246,9 @@ class Session:
 
     def log(self, **metrics: float | torch.Tensor) -> None:
         """Add figures to this step's line in metrics.jsonl. Waits for the device if a tensor is given."""
-        self._record |= {name: float(value) for name, value in metrics.items()}
+        self._record |= {
+            name: float(value.detach() if isinstance(value, torch.Tensor) else value) for name, value in metrics.items()
+        }
 
     def seconds_in_step(self) -> float:
         """Seconds since the present step began."""

@@ -21,7 +21,7 @@ from typing import Any
 
 from checkpoint_parts import open_manager, snapshot
 
-from latentwire.run.directory import Attempt, Run
+from latentwire.run.directory import Run
 from latentwire.run.journal import Journal
 
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -111,9 +111,7 @@ def train(run: Run, last_step: int | None, threads: int, trap: Trap) -> None:
     trap.arm()
     attempt = run.claim_attempt(job_id="1", scheduler="local")
     journal = Journal(attempt.path / "events.rank0.jsonl")
-    manager = open_manager(
-        run.checkpoints, attempt.number, attempt.assert_newest, journal.event, threads=threads
-    )
+    manager = open_manager(run.checkpoints, attempt.number, attempt.assert_newest, journal.event, threads=threads)
     manager.sweep()
     loaded = manager.restore(run.deadly_checkpoints(), attempt.mark_restoring)
     attempt.unmark_restoring()

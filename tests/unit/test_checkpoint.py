@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -629,7 +630,7 @@ def large(step: int) -> Snapshot:
 
 
 def fill(path: Path) -> None:
-    with open(path, "wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+    with open(path, "wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(b"\0" * 4096)
 

@@ -197,9 +197,7 @@ def test_a_kill_at_every_write_point_of_saves_loses_nothing(servers: Servers, ru
     print(f"{len(kinds)} kills, one at each write point of {LAST_STEP} saves")
 
 
-def test_a_kill_at_every_write_point_of_a_recovery_loses_nothing(
-    servers: Servers, runs: Path, damaged: Run
-) -> None:
+def test_a_kill_at_every_write_point_of_a_recovery_loses_nothing(servers: Servers, runs: Path, damaged: Run) -> None:
     def copy(name: str) -> Run:
         return Run(Path(shutil.copytree(damaged.path, runs / name)))
 

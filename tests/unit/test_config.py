@@ -224,7 +224,9 @@ def test_a_missing_name_is_answered_with_those_that_are_there() -> None:
 
 
 def test_a_target_in_a_file(write: Write) -> None:
-    path = write("import pydantic\nclass Options(pydantic.BaseModel):\n    width: int = 3\ndef mine(): ...\n", "mine_x.py")
+    path = write(
+        "import pydantic\nclass Options(pydantic.BaseModel):\n    width: int = 3\ndef mine(): ...\n", "mine_x.py"
+    )
     target = f"{path}:mine"
     assert load_target(target).__name__ == "mine"
     assert parse(workload={"target": target}).workload.options == {"width": 3}, "defaults are part of the identity"

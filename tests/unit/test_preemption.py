@@ -285,7 +285,5 @@ def test_the_pace_is_the_95th_percentile_of_the_last_hundred(durations: list[flo
         (101.0, 0.0, 0.0, False),
     ],
 )
-def test_a_step_fits_only_with_its_save_and_a_margin(
-    now: float, step_left_s: float, save_s: float, fits: bool
-) -> None:
+def test_a_step_fits_only_with_its_save_and_a_margin(now: float, step_left_s: float, save_s: float, fits: bool) -> None:
     assert step_fits(now, 100.0, step_left_s, save_s) is fits
