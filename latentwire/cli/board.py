@@ -15,6 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from latentwire.cli.text import duration, figure, one_line
 from latentwire.run.status import RunStatus
 
 _LINES_SHOWN = 8
@@ -52,7 +53,7 @@ class Board(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Take a line of the log."""
-        line = f"{time.strftime('%H:%M:%S')} {record.getMessage()}"
+        line = one_line(f"{time.strftime('%H:%M:%S')} {record.getMessage()}")
         if self._live is not None:
             self._recent.append(line)
         else:
@@ -99,16 +100,16 @@ def _line(status: RunStatus) -> str:
     words.append(f"attempt {status.attempt}")
     words.append(f"step {status.step}/{status.total_steps or '?'}")
     if status.loss is not None:
-        words.append(f"loss {status.loss:.4f}")
+        words.append(f"loss {figure(status.loss)}")
     if status.samples_per_s is not None:
-        words.append(f"{status.samples_per_s:.1f} samples/s")
+        words.append(f"{figure(status.samples_per_s)} samples/s")
     if status.eta_s is not None:
         words.append(f"ETA {duration(status.eta_s)}")
     if status.num_preemptions:
         words.append(f"{status.num_preemptions} preempted")
     if status.reason:
         words.append(status.reason)
-    return ", ".join(words)
+    return one_line(", ".join(words))
 
 
 def _table(statuses: Sequence[RunStatus]) -> Table:
@@ -125,16 +126,9 @@ def _table(statuses: Sequence[RunStatus]) -> Table:
             str(status.attempt),
             ProgressBar(total=status.total_steps or 1, completed=status.step),
             f"{status.step}/{status.total_steps or '?'}",
-            "" if status.loss is None else f"{status.loss:.4f}",
-            "" if status.samples_per_s is None else f"{status.samples_per_s:.1f}",
-            "" if status.eta_s is None else duration(status.eta_s),
+            figure(status.loss),
+            figure(status.samples_per_s),
+            duration(status.eta_s),
             str(status.num_preemptions),
         )
     return table
-
-
-def duration(seconds: float) -> str:
-    """``1h02m``, ``3m05s``, ``12s``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

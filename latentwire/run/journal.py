@@ -45,7 +45,7 @@ class Journal:
         self._failure = ""
         self._lock = threading.Lock()
 
-    def event(self, name: str, **fields: Any) -> None:
+    def event(self, name: str, /, **fields: Any) -> None:
         """Write ``{"time", "event", ...}`` now or, if the disk refuses, before the next line that it takes."""
         with self._lock:
             self._unwritten.append({"time": self._now(), "event": name, **fields})

@@ -254,7 +254,7 @@ class Session:
         """Seconds since the present step began."""
         return time.monotonic() - self._step_started
 
-    def event(self, name: str, **fields: Any) -> None:
+    def event(self, name: str, /, **fields: Any) -> None:
         """Add a line to this rank's journal."""
         self._journal.event(name, **fields)
 

@@ -1,0 +1,143 @@
+"""Starting runs and waiting for what they write. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import yaml
+
+from latentwire.config import load_config
+from latentwire.run.directory import Attempt, Run, create_run
+from latentwire.run.journal import read_journal
+
+PATIENCE_S = 120.0
+HERE = Path(__file__).parent
+BIN = Path(sys.executable).parent
+TERM, KILL, INT = signal.SIGTERM, signal.SIGKILL, signal.SIGINT
+_AGENT = "import sys; from latentwire.scheduler.job import TrainingJob; print(TrainingJob(sys.argv[1])())"
+
+Found = TypeVar("Found")
+
+
+def wait_for(look: Callable[[], Found | None], what: str) -> Found:
+    """The first true value that ``look`` returns."""
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        found = look()
+        if found:
+            return found
+        time.sleep(0.005)
+    raise AssertionError(f"waited {PATIENCE_S:g} s for {what}")
+
+
+def write_config(folder: Path, name: str, **sections: Any) -> Path:
+    """A config file of a toy run; ``sections`` lie over toy.yaml."""
+    workload = {"target": f"{HERE / 'toy.py'}:Toy", **sections.pop("workload", {})}
+    path = folder / f"{name}.yaml"
+    folder.mkdir(parents=True, exist_ok=True)
+    tree = {"base": str(HERE / "toy.yaml"), "name": name, "workload": workload, **sections}
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return path
+
+
+def make_run(folder: Path, name: str = "toy", overrides: tuple[str, ...] = (), **sections: Any) -> Run:
+    """The directory of a toy run; called again with other operational settings it takes those over."""
+    return create_run(load_config(write_config(folder, name, **sections), overrides), folder)
+
+
+class AgentProcess:
+    """A training job in a process of its own, as submitit would run it."""
+
+    def __init__(self, run: Run, environ: Mapping[str, str] | None = None) -> None:
+        self.run = run
+        before = run.newest_number()
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _AGENT, str(run.path)],
+            env={**os.environ, **(environ or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.attempt: Attempt = wait_for(lambda: (run.attempts()[before:] or [None])[0], "the attempt")
+
+    @property
+    def pid(self) -> int:
+        """The agent's."""
+        return self._process.pid
+
+    def tree(self) -> list[psutil.Process]:
+        """The agent and all below it."""
+        agent = psutil.Process(self.pid)
+        return [agent, *agent.children(recursive=True)]
+
+    def send(self, signum: signal.Signals) -> None:
+        """Signal the agent only."""
+        self._process.send_signal(signum)
+
+    def outcome(self) -> str:
+        """Wait for the end; what the job returned, or nothing if it was killed."""
+        printed, _ = self._process.communicate(timeout=PATIENCE_S)
+        return str(printed).strip()
+
+    def end(self) -> None:
+        """Leave nothing behind."""
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.communicate()
+
+
+@contextmanager
+def agent_of(run: Run, environ: Mapping[str, str] | None = None) -> Iterator[AgentProcess]:
+    """A job that does not outlive the block."""
+    agent = AgentProcess(run, environ)
+    try:
+        yield agent
+    finally:
+        agent.end()
+
+
+def run_agent(run: Run, environ: Mapping[str, str] | None = None) -> str:
+    """Run a job to its end."""
+    with agent_of(run, environ) as agent:
+        return agent.outcome()
+
+
+@contextmanager
+def held(run: Run, where: str) -> Iterator[None]:
+    """The toy stands still at ``where`` once it comes there, until the block is left."""
+    path = run.path / f"hold-{where}"
+    path.touch()
+    try:
+        yield
+    finally:
+        path.unlink()
+
+
+def events(attempt: Attempt, name: str, writer: str = "rank0") -> list[dict[str, Any]]:
+    """The attempt's events of that name."""
+    return [e for e in read_journal(attempt.path / f"events.{writer}.jsonl") if e.get("event") == name]
+
+
+def wait_for_event(attempt: Attempt, name: str, writer: str = "rank0", number: int = 1) -> dict[str, Any]:
+    """The attempt's event of that name, the ``number``-th."""
+    found = wait_for(lambda: events(attempt, name, writer)[number - 1 :], f"{name} in {attempt.path}")
+    return found[0]
+
+
+def trained_steps(attempt: Attempt) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that belong to training steps."""
+    return [r for r in read_journal(attempt.path / "metrics.jsonl") if "loss" in r]
+
+
+def wait_for_steps(attempt: Attempt, number: int) -> None:
+    """Wait until the attempt has trained so many steps."""
+    wait_for(lambda: len(trained_steps(attempt)) >= number, f"{number} steps of {attempt.path}")

@@ -1,0 +1,182 @@
+"""A tiny workload that behaves badly on demand.
+
+A file ``hold-<where>`` in the run's directory makes it stand still there until the file is gone; a ``holding`` event
+says that it does. ``troubles`` happen in a training step, each once in a run unless told otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import pydantic
+
+from latentwire.errors import WorkloadError
+from latentwire.workloads.base import BuildContext, StepReport
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Trouble(pydantic.BaseModel):
+    """Something that goes wrong at the micro-batch before which so many training samples were seen."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["oom", "network", "bug", "nan", "explode", "exit", "kill", "segfault"]
+    after_samples: int
+    once: bool = True
+    rank: int | None = None
+
+
+class Options(pydantic.BaseModel):
+    """The toy's options."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+    width: int = pydantic.Field(default=16, ge=1)
+    counts: bool = True
+    """Keep running statistics and the number of samples in buffers. Every rank has its own, so off for several."""
+    pause_s: float = pydantic.Field(default=0.0, ge=0)
+    """Sleep so long in every micro-batch."""
+    no_data: bool = False
+    depends_on_attempt: bool = False
+    """Break the law on purpose: the loss follows the number of attempts on disk."""
+    troubles: tuple[Trouble, ...] = ()
+
+
+class Points(Sequence[Any]):
+    """Noisy samples of a plane; what is added to a training sample is drawn anew in each epoch."""
+
+    def __init__(self, num_samples: int, noisy: bool) -> None:
+        import torch
+
+        self._inputs = torch.randn(num_samples, 8, generator=torch.Generator().manual_seed(num_samples))
+        self._noisy = noisy
+
+    def __len__(self) -> int:
+        return len(self._inputs)
+
+    def __getitem__(self, index: Any) -> Any:
+        import numpy
+        import torch
+
+        clean = self._inputs[index]
+        noise = torch.randn(8) * random.random() * float(numpy.random.rand()) if self._noisy else torch.zeros(8)
+        return clean + noise, clean.sum(dim=0, keepdim=True)
+
+
+class Toy:
+    """A small network that learns to add."""
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self.options = Options.model_validate(options)
+
+    def build(self, context: BuildContext) -> None:
+        import torch
+
+        self.context = context
+        self._hold("build")
+        context.safe_point()
+        if self.options.no_data:
+            raise WorkloadError(f"there is no data file {context.run_path / 'points.json'}")
+        torch.manual_seed(context.seed)
+        width = self.options.width
+        layers: list[torch.nn.Module] = [torch.nn.Linear(8, width), torch.nn.Dropout(0.1), torch.nn.GELU()]
+        layers += [torch.nn.Linear(width, width), torch.nn.Tanh(), torch.nn.Linear(width, 1)]
+        self.model = torch.nn.Sequential(*layers).to(context.device)
+        self._seen = 0
+        if self.options.counts:
+            self.model.register_buffer("num_seen", torch.zeros((), dtype=torch.int64))
+            self.model.register_buffer("running_mean", torch.zeros(8))
+        self._points, self._held_out = Points(101, noisy=True), Points(16, noisy=False)
+        self._shift = len(os.listdir(context.run_path / "attempts")) * 0.01 if self.options.depends_on_attempt else 0.0
+
+    @property
+    def trainable(self) -> torch.nn.Module:
+        return self.model
+
+    @property
+    def train_data(self) -> Sequence[Any]:
+        return self._points
+
+    @property
+    def eval_data(self) -> Sequence[Any]:
+        return self._held_out
+
+    def collate(self, samples: list[Any]) -> Any:
+        import torch
+
+        return tuple(torch.stack(column) for column in zip(*samples, strict=True))
+
+    def step(self, batch: Any, backward: Callable[[torch.Tensor], None]) -> StepReport:
+        import torch
+
+        self._hold("step")
+        time.sleep(self.options.pause_s)
+        factor = self._trouble()
+        inputs, targets = batch
+        self._count(inputs)
+        loss = torch.nn.functional.mse_loss(self.model(inputs), targets + self._shift)
+        backward(loss * factor)
+        return StepReport({"loss": loss.detach() * factor, "plane": loss.detach()}, len(inputs), num_tokens=len(inputs))
+
+    def evaluate(self, batch: Any) -> StepReport:
+        import torch
+
+        self._hold("evaluate")
+        time.sleep(self.options.pause_s)
+        loss = torch.nn.functional.mse_loss(self.model(batch[0]), batch[1])
+        return StepReport({"loss": loss, "plane": loss}, len(batch[0]))
+
+    def frozen_digests(self) -> Mapping[str, str]:
+        return {"nothing": "0" * 64}
+
+    def _count(self, inputs: torch.Tensor) -> None:
+        self._seen += len(inputs)
+        if self.options.counts:
+            self.model.num_seen += len(inputs)
+            self.model.running_mean.lerp_(inputs.mean(dim=0), 0.1)
+
+    def _hold(self, where: str) -> None:
+        path = self.context.run_path / f"hold-{where}"
+        if path.exists():
+            self.context.event("holding", where=where)
+        while path.exists():
+            time.sleep(0.005)
+
+    def _trouble(self) -> float:
+        """Misbehave if it is time to; returns what the loss is multiplied by."""
+        seen = int(self.model.num_seen) if self.options.counts else self._seen
+        for trouble in self.options.troubles:
+            if trouble.after_samples == seen and trouble.rank in (None, self._rank()) and self._is_due(trouble):
+                self.context.event("trouble", kind=trouble.kind)
+                return self._misbehave(trouble.kind)
+        return 1.0
+
+    def _is_due(self, trouble: Trouble) -> bool:
+        try:
+            (self.context.run_path / f"did-{trouble.kind}-{trouble.after_samples}").touch(exist_ok=not trouble.once)
+        except FileExistsError:
+            return False
+        return True
+
+    def _misbehave(self, kind: str) -> float:
+        if kind == "oom":
+            raise MemoryError("no memory left for this toy")
+        if kind == "network":
+            raise ConnectionError("the cable was pulled")
+        if kind == "bug":
+            raise RuntimeError("a bug in the toy")
+        if kind == "exit":
+            os._exit(3)
+        if kind in ("kill", "segfault"):
+            os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.SIGSEGV)
+        return {"nan": float("nan"), "explode": 1e9}[kind]
+
+    def _rank(self) -> int:
+        return int(os.environ.get("RANK", "0"))
