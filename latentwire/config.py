@@ -134,7 +134,7 @@ class PreemptionSection(Section):
     """What a notice means."""
 
     grace_s: Annotated[float, Field(gt=0)] = 120.0
-    """Seconds between a notice and the kill, where nothing better is known (Slurm's own figures come first)."""
+    """Seconds between a notice and the kill; where the job's end is known to come sooner, that counts."""
     save_signal: Literal["USR1", "USR2", "none"] = "USR1"
     """This signal means: save and go on. USR2 otherwise means a notice."""
 
@@ -210,7 +210,7 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """The whole config with every default, as YAML that loads back to an equal config."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=120)
 
     def identity(self) -> dict[str, Any]:
         """The part that decides the result."""

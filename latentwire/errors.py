@@ -89,4 +89,4 @@ class SchedulerError(LatentWireError):
 
 
 class TrainingDiverged(LatentWireError):
-    """More non-finite or exploding steps in a row than the config allows."""
+    """More non-finite or exploding steps in a run than the config allows."""

@@ -19,7 +19,7 @@ import typer
 from latentwire.config import Config, load_config
 from latentwire.errors import ConfigError, LatentWireError, RunBusy, SchedulerError
 from latentwire.run.atomic import read_json
-from latentwire.run.directory import PREFIX, Run, create_run, list_runs, open_run
+from latentwire.run.directory import Run, create_run, list_runs, open_run, refuse_another_identity, run_of
 from latentwire.run.journal import Journal
 from latentwire.run.lease import Lease
 from latentwire.run.status import run_status
@@ -109,10 +109,12 @@ def _runs(request: _Request) -> list[Run]:
     configs = _configs(request)
     for config in configs:
         scheduler_kind(config.scheduler)
+        _refuse_if_held(run_of(config, request.runs_dir))  # before its config.yaml is written anew
     runs = [create_run(config, request.runs_dir) for config in configs]
     if request.resume:
         runs += [run for run in _resumable(request) if run not in runs]
     for run in runs:
+        _refuse_if_held(run)
         _take_back_stops(run)
     return runs
 
@@ -156,14 +158,17 @@ def _resumable(request: _Request) -> list[Run]:
     return runs
 
 
-def _take_back_stops(run: Run) -> None:
-    """A person asks for the run: what stopped it before does not count any more."""
+def _refuse_if_held(run: Run) -> None:
     holder = Lease(run.lease_path).holder()
     if holder is not None:
         raise RunBusy(
             f"{run.name} is held by the orchestrator with pid {holder.pid} on {holder.host}; "
             f"look on with: latentwire status, or stop that one first (kill -TERM {holder.pid})"
         )
+
+
+def _take_back_stops(run: Run) -> None:
+    """A person asks for the run: what stopped it before does not count any more."""
     status = run_status(run)
     if status.state in ("FAILED", "STOPPED", "CANCELLED"):
         run.cancel_path.unlink(missing_ok=True)
@@ -174,11 +179,11 @@ def _take_back_stops(run: Run) -> None:
 
 def _tell_plan(request: _Request) -> None:
     for config in _configs(request):
-        path = (request.runs_dir / f"{PREFIX}{config.name}").absolute()
-        there = "exists, would go on" if (path / "config.yaml").exists() else "would be made"
-        print(
-            f"{config.name}: {path} {there}; scheduler {scheduler_kind(config.scheduler)}, {config.train.steps} steps"
-        )
+        run = run_of(config, request.runs_dir)
+        _refuse_if_held(run)
+        there = "exists, would go on" if refuse_another_identity(run, config) else "would be made"
+        kind = scheduler_kind(config.scheduler)
+        print(f"{config.name}: {run.path} {there}; scheduler {kind}, {config.train.steps} steps")
     for run in _resumable(request) if request.resume else []:
         status = run_status(run)
         print(f"{run.name}: {status.state} at step {status.step}, would go on")

@@ -24,6 +24,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from latentwire.errors import CheckpointCorrupt, CheckpointError, CheckpointTooNew, CheckpointUnsafe
+from latentwire.run.atomic import json_safe
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -132,7 +133,7 @@ class Manifest:
         """The text of manifest.json."""
         tree = {"format": FORMAT} | dataclasses.asdict(self)
         tree["files"] = {name: {"bytes": r.num_bytes, "sha256": r.sha256} for name, r in self.files.items()}
-        return json.dumps(tree, indent=1, sort_keys=True) + "\n"
+        return json.dumps(json_safe(tree), indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
 def step_name(step: int) -> str:

@@ -26,7 +26,7 @@ from latentwire.checkpoint.layout import Manifest, Snapshot, step_name
 from latentwire.checkpoint.reader import Loaded
 from latentwire.checkpoint.retention import Kept, to_delete
 from latentwire.errors import CheckpointCorrupt, CheckpointError, CheckpointUnsafe, NoSpace, NoUsableCheckpoint
-from latentwire.run.atomic import fsync_directory, write_json
+from latentwire.run.atomic import fsync_directory, json_safe, read_json, write_json
 
 _SAVING = re.compile(re.escape(layout.SAVING_PREFIX) + r"(\d+)-\d+")
 
@@ -149,6 +149,7 @@ class CheckpointManager:
         started = time.monotonic()
         hidden = self.folder / f"{layout.SAVING_PREFIX}{self._token:04d}-{snapshot.step:08d}"
         final = self.folder / step_name(snapshot.step)
+        before = self.committed_step
         try:
             self._fence()
             shutil.rmtree(hidden, ignore_errors=True)
@@ -158,9 +159,10 @@ class CheckpointManager:
             self._event("save_committed", step=snapshot.step, path=final.name, seconds=round(self.last_save_s, 4))
             self._read_back(final)
             self.failure = None
-            self._prune()
         except OSError as error:
             shutil.rmtree(hidden, ignore_errors=True)
+            if not final.exists():
+                self.committed_step = before
             self.failure = error
             self._event(
                 "save_failed", step=snapshot.step, error=str(error), errno=errno.errorcode.get(error.errno or 0)
@@ -168,6 +170,8 @@ class CheckpointManager:
         except BaseException:
             shutil.rmtree(hidden, ignore_errors=True)
             raise
+        else:
+            self._prune()
 
     def _write_and_commit(self, snapshot: Snapshot, hidden: Path, final: Path) -> None:
         def describe(files: Mapping[str, Any], groups: Mapping[str, tuple[str, ...]]) -> Manifest:
@@ -219,25 +223,42 @@ class CheckpointManager:
     def mark_verified(self, path: Path, seconds: float) -> None:
         """Record that the checkpoint was read back whole."""
         if not reader.is_verified(path):
-            write_json(path / layout.VERIFIED, {"time": time.time(), "attempt": self._token})
+            write_json(path / layout.VERIFIED, {"time": time.time(), "attempt": self._token, "metrics": {}})
         self._event("save_verified", step=layout.parse_step_name(path.name), path=path.name, seconds=round(seconds, 4))
 
+    def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add what was measured with a committed checkpoint's weights only after its commit, in verified.json.
+
+        So an evaluation that a notice interrupted still makes the checkpoint of that step the best one.
+        """
+        self.wait()
+        path = self.folder / step_name(step) / layout.VERIFIED
+        record = read_json(path)
+        if isinstance(record, dict):
+            self._fence()
+            write_json(path, record | {"metrics": json_safe(metrics)})
+
     def _prune(self) -> None:
-        self._fence()
+        """Delete what retention lets go. A disk that refuses is told of; the next save tries again."""
+        try:
+            for step in to_delete(self._kept(), self._keep, self._best_mode):
+                self._fence()
+                self._delete(self.folder / step_name(step))
+                self._event("checkpoint_pruned", step=step)
+        except OSError as error:
+            self._event("prune_failed", error=str(error))
+
+    def _kept(self) -> list[Kept]:
         kept = []
         for path in self.committed():
-            metric = None
-            if self._best_metric is not None:
-                try:
-                    metric = reader.read_manifest(path).metrics.get(self._best_metric)
-                except CheckpointError:
-                    continue  # not ours to judge here: restore quarantines it
+            try:
+                metrics = reader.read_metrics(path)
+            except CheckpointError:
+                continue  # not ours to judge here: restore quarantines it
             step = layout.parse_step_name(path.name)
             assert step is not None
-            kept.append(Kept(step, reader.is_verified(path), metric))
-        for step in to_delete(kept, self._keep, self._best_mode):
-            self._delete(self.folder / step_name(step))
-            self._event("checkpoint_pruned", step=step)
+            kept.append(Kept(step, reader.is_verified(path), metrics.get(self._best_metric or "")))
+        return kept
 
     def _delete(self, path: Path) -> None:
         """Out of sight by one rename, then gone: nobody sees half a checkpoint."""

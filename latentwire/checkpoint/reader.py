@@ -15,6 +15,7 @@ from typing import Any
 from latentwire.checkpoint import layout
 from latentwire.checkpoint.layout import FileRecord, HostTensor, Manifest
 from latentwire.errors import CheckpointCorrupt, CheckpointUnsafe
+from latentwire.run.atomic import read_json
 
 _CHUNK_BYTES = 16 << 20
 
@@ -41,6 +42,8 @@ def read_manifest(path: Path) -> Manifest:
     if hashlib.sha256(text).hexdigest() != sums.get(layout.MANIFEST):
         raise CheckpointCorrupt(f"{path / layout.MANIFEST} does not have the SHA-256 that {layout.SUMS} gives")
     manifest = layout.parse_manifest(text.decode("utf-8", "replace"), str(path / layout.MANIFEST))
+    if layout.parse_step_name(path.name) not in (None, manifest.step):
+        raise CheckpointCorrupt(f"{path} holds step {manifest.step}: it was renamed or copied over another")
     listed = {name: record.sha256 for name, record in manifest.files.items()}
     if listed != {name: digest for name, digest in sums.items() if name != layout.MANIFEST}:
         raise CheckpointCorrupt(f"{path / layout.SUMS} and {layout.MANIFEST} do not name the same files")
@@ -86,6 +89,21 @@ def load(path: Path, threads: int = 4) -> Loaded:
     except (ValueError, RecursionError) as error:
         raise CheckpointCorrupt(f"{path / layout.STATE} is not JSON: {error}") from None
     return Loaded(path, manifest, tensors, values)
+
+
+def read_metrics(path: Path) -> dict[str, float]:
+    """What was measured with the checkpoint's weights, before its commit or after.
+
+    Raises:
+        CheckpointCorrupt, CheckpointUnsafe, CheckpointTooNew: as ``read_manifest``.
+        OSError: the disk refused.
+    """
+    metrics = dict(read_manifest(path).metrics)
+    added = read_json(path / layout.VERIFIED)
+    later = added.get("metrics") if isinstance(added, dict) else None
+    if isinstance(later, dict):
+        metrics |= {str(name): float(value) for name, value in later.items() if isinstance(value, int | float)}
+    return metrics
 
 
 def is_verified(path: Path) -> bool:

@@ -17,7 +17,7 @@ from pathlib import Path
 from latentwire.checkpoint import layout
 from latentwire.checkpoint.layout import FileRecord, Manifest, Snapshot
 from latentwire.errors import CheckpointError
-from latentwire.run.atomic import fsync_directory
+from latentwire.run.atomic import fsync_directory, json_safe
 
 _CHUNK_BYTES = 16 << 20
 
@@ -49,7 +49,7 @@ def write_files(
             )
         groups[group] = tuple(shards)
         pieces |= {name: layout.encode_tensors(shard) for name, shard in shards.items()}
-    state = json.dumps(snapshot.values, indent=1, sort_keys=True) + "\n"
+    state = json.dumps(json_safe(snapshot.values), indent=1, sort_keys=True, allow_nan=False) + "\n"
     pieces[layout.STATE] = [state.encode()]
     folder.mkdir()
     with ThreadPoolExecutor(min(threads, len(pieces)), thread_name_prefix="checkpoint-write") as pool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,17 @@ def write_text(path: Path, text: str) -> None:
         aside.unlink(missing_ok=True)
         raise
     fsync_directory(path.parent)
+
+
+def json_safe(value: Any) -> Any:
+    """NaN and infinities as strings: JSON has no word for them and other languages' readers would stop."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(k): json_safe(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_safe(v) for v in value]
+    return value
 
 
 def read_json(path: Path) -> Any:

@@ -7,10 +7,14 @@
       orchestrator.json            who submits jobs for it (a lease)
       events.orchestrator.jsonl    what was submitted, seen and decided
       cancel.json                  present: do not start it again
+      jobs/0001.json  submitit/    what was submitted, and submitit's own files
+      cache/                       what attempts need not compute again
       attempts/0003/               claimed by an exclusive rename: the number is the fencing token
         attempt.json               job id, host, pid
         events.agent.jsonl  events.rank0.jsonl  metrics.jsonl  gpu_stats.jsonl
-        stdout.log  stderr.log  environment.json  placement.json  rank0.json
+        stdout.log  stderr.log  monitor.log  environment.json  placement.json
+        restoring.json             present while a checkpoint is being loaded
+        rank0.json                 how the rank ended
       checkpoints/step-00001200/   see latentwire.checkpoint
       metrics.json  gpu_stats.json roll-ups over all attempts
 """
@@ -231,21 +235,34 @@ def create_run(config: Config, runs_dir: Path) -> Run:
     Raises:
         RunConflict: the directory belongs to a config that gives another result; the message shows the difference.
     """
+    run = run_of(config, runs_dir)
+    run.path.mkdir(parents=True, exist_ok=True)
+    if refuse_another_identity(run, config) and run.config() == config:
+        return run
+    write_text(run.path / "config.yaml", config.to_yaml())
+    return run
+
+
+def run_of(config: Config, runs_dir: Path) -> Run:
+    """Where the run of a config is, or would be."""
+    return Run((runs_dir / f"{PREFIX}{config.name}").absolute())
+
+
+def refuse_another_identity(run: Run, config: Config) -> bool:
+    """Whether the run exists; reads only.
+
+    Raises:
+        RunConflict: it exists and belongs to a config that gives another result; the message shows the difference.
+    """
     from latentwire.config import differences
 
-    run = Run((runs_dir / f"{PREFIX}{config.name}").absolute())
-    run.path.mkdir(parents=True, exist_ok=True)
-    path = run.path / "config.yaml"
-    if path.exists():
-        existing = run.config()
-        changed = differences(existing.identity(), config.identity())
-        if changed:
-            raise RunConflict(
-                f"{run.path} was made by another config:\n  "
-                + "\n  ".join(changed)
-                + f"\ngive this one another name (name={config.name}-2), or remove the directory if it is not needed"
-            )
-        if existing == config:
-            return run
-    write_text(path, config.to_yaml())
-    return run
+    if not (run.path / "config.yaml").exists():
+        return False
+    changed = differences(run.config().identity(), config.identity())
+    if changed:
+        raise RunConflict(
+            f"{run.path} was made by another config:\n  "
+            + "\n  ".join(changed)
+            + f"\ngive this one another name (name={config.name}-2), or remove the directory if it is not needed"
+        )
+    return True

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import collections
 import json
-import math
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from latentwire.run.atomic import json_safe
 
 _TAIL_BYTES = 64 * 1024
 _MOST_UNWRITTEN = 10_000
@@ -79,7 +80,7 @@ class Journal:
         return not self._unwritten
 
     def _write(self, fields: dict[str, Any]) -> bool:
-        line = (json.dumps(_strict(fields), allow_nan=False, default=str) + "\n").encode()
+        line = (json.dumps(json_safe(fields), allow_nan=False, default=str) + "\n").encode()
         data = b"\n" + line if self._torn else line  # the rest of a torn line must not swallow this one too
         try:
             num_written = os.write(self._descriptor, data)
@@ -151,14 +152,3 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
-
-
-def _strict(value: Any) -> Any:
-    """NaN and infinities as strings: JSON has no word for them and other languages' readers would stop."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {str(k): _strict(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(v) for v in value]
-    return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -14,7 +15,7 @@ from latentwire.run.directory import Attempt, Run
 from latentwire.run.journal import last_record, read_journal
 
 HEARTBEAT_S = 90.0
-"""On another host an attempt counts as alive while its monitor wrote within so many seconds."""
+"""On another host an attempt counts as alive while it wrote within so many seconds."""
 STALLED_S = 900.0
 """No step for so long is a stall."""
 
@@ -104,11 +105,11 @@ def is_alive(attempt: Attempt, now: float) -> bool:
     alive = agent.is_alive() if agent is not None else False
     if alive is not None:
         return alive
-    try:
-        last_write = os.stat(attempt.path / "gpu_stats.jsonl").st_mtime
-    except OSError:
-        last_write = float(attempt.record().get("claimed", 0))
-    return now - last_write < HEARTBEAT_S
+    writes = [float(attempt.record().get("claimed", 0))]
+    for name in ("gpu_stats.jsonl", "metrics.jsonl"):
+        with contextlib.suppress(OSError):
+            writes.append(os.stat(attempt.path / name).st_mtime)
+    return now - max(writes) < HEARTBEAT_S
 
 
 _PHASES = {

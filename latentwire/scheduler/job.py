@@ -18,11 +18,11 @@ class TrainingJob:
     """
 
     run_path: str
+    scheduler: str = "local"
 
     def __call__(self) -> str:
         """Run the agent until it is done with this allocation; returns the last attempt's outcome. Main thread."""
         from latentwire.train.agent import Agent  # the one place where the scheduler's side meets the training side
 
-        job_id = os.environ.get("SLURM_JOB_ID")
-        agent = Agent(Run(Path(self.run_path)), job_id or str(os.getppid()), "slurm" if job_id else "local")
-        return agent.main().outcome
+        job_id = os.environ["SLURM_JOB_ID"] if self.scheduler == "slurm" else str(os.getppid())
+        return Agent(Run(Path(self.run_path)), job_id, self.scheduler).main().outcome

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from latentwire.errors import LatentWireError, SchedulerError
+from latentwire.errors import LatentWireError, RunBusy, SchedulerError
 from latentwire.run.budget import next_move
 from latentwire.run.directory import Attempt, Run
 from latentwire.run.journal import Follower, Journal, last_record, time_of
@@ -126,37 +126,47 @@ class Orchestrator:
             watched.release()
 
     def _look(self) -> None:
+        self._renew()
         open_ones = [watched for watched in self.watched if not watched.done]
-        newest = [jobs[-1] for watched in open_ones if (jobs := list_jobs(watched.run))]
+        jobs_of = [list_jobs(watched.run) for watched in open_ones]  # once: a job that appears later was not asked for
         try:
-            live = live_jobs(newest)
+            live = live_jobs([jobs[-1] for jobs in jobs_of if jobs])
         except SchedulerError as error:
             log.warning("the scheduler does not answer, waiting: %s", error)
             return
-        for watched in open_ones:
+        for watched, jobs in zip(open_ones, jobs_of, strict=True):
             try:
-                self._advance(watched, live)
+                self._advance(watched, jobs, live)
             except LatentWireError as error:
                 watched.give_up(str(error))
         for watched in self.watched:
             for line in watched.news():
                 log.info("%s: %s", watched.run.name, line)
-        if self._clock() > self._next_renewal:
-            self._next_renewal = self._clock() + _RENEW_S
-            for watched in open_ones:
-                watched.lease.renew()
 
-    def _advance(self, watched: Watched, live: set[str]) -> None:
+    def _renew(self) -> None:
+        if self._clock() < self._next_renewal:
+            return
+        self._next_renewal = self._clock() + _RENEW_S
+        for watched in self.watched:
+            if watched.done:
+                continue
+            try:
+                watched.lease.renew()
+            except RunBusy as error:  # asleep for too long: the run is somebody else's now, the others stay ours
+                log.warning("%s", error)
+                watched.done = True
+
+    def _advance(self, watched: Watched, jobs: Sequence[Job], live: set[str]) -> None:
         """One run: wait for its job, or submit the next, or be done with it."""
         run, now = watched.run, self._clock()
-        jobs, attempts = list_jobs(run), run.attempts()
+        attempts = run.attempts()
         job, attempt = (jobs[-1] if jobs else None), (attempts[-1] if attempts else None)
         running = attempt is not None and attempt.ended() is None and is_alive(attempt, now)
         if running or (job is not None and job.job_id in live) or _is_being_submitted(run, job, now):
             return
         if run.cancel_path.exists():
             watched.done = True
-        elif job is not None and (attempt is None or float(attempt.record().get("claimed", 0)) < job.submitted):
+        elif job is not None and job.job_id not in {a.record().get("job_id") for a in attempts}:
             self._after_a_death(watched, job)
         else:
             self._after_an_attempt(watched, attempt)

@@ -7,7 +7,6 @@ it in a new session: a local job must not hear the Ctrl-C that its orchestrator 
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 import subprocess
 import sys
@@ -94,13 +93,13 @@ def make_executor(run: Run) -> object:
     """The submitit executor for the run's config."""
     import submitit
 
+    from latentwire.monitor.gpu import list_gpus
+
     section = run.config().scheduler
     folder = run.path / "submitit" / "%j"
     if scheduler_kind(section) == "local":
         executor = submitit.LocalExecutor(folder=folder)
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        gpus = [int(g) for g in visible.split(",") if g.isdigit()] or list(range(_num_gpus()))
-        gpus = gpus if section.gpus is None else gpus[: section.gpus]
+        gpus = [gpu.index for gpu in list_gpus()][: section.gpus]  # those that CUDA_VISIBLE_DEVICES lets us see
         executor.update_parameters(timeout_min=_YEAR_MIN, gpus_per_node=len(gpus), visible_gpus=tuple(gpus))
         return executor
     executor = submitit.SlurmExecutor(folder=folder)
@@ -119,19 +118,13 @@ def make_executor(run: Run) -> object:
     return executor
 
 
-def _num_gpus() -> int:
-    from latentwire.monitor.gpu import list_gpus
-
-    return len(list_gpus())
-
-
 def main() -> None:
     """Submit and write down what became of it; run in a process of its own."""
     from latentwire.scheduler.job import TrainingJob
 
     run, number = Run(Path(sys.argv[1])), int(sys.argv[2])
-    job = make_executor(run).submit(TrainingJob(str(run.path)))  # type: ignore[attr-defined]
     kind = scheduler_kind(run.config().scheduler)
+    job = make_executor(run).submit(TrainingJob(str(run.path), kind))  # type: ignore[attr-defined]
     controller = dataclasses.asdict(ProcessIdentity.of(int(job.job_id))) if kind == "local" else None
     (run.path / "jobs").mkdir(exist_ok=True)
     record = {"job_id": job.job_id, "scheduler": kind, "submitted": time.time(), "controller": controller}

@@ -210,13 +210,13 @@ class _Supervision:
         if notice is not None and self._passed_on is None:
             self._passed_on = notice
             self.journal.event("notice", signal=notice.signal, received=round(notice.unix_s, 3))
-            self._signal(signal.SIGINT if notice.signal == "SIGINT" else signal.SIGTERM)
+            self._signal(signal.SIGTERM)  # not INT: Slurm may have sent that to the ranks too, and twice means at once
         if self.handler.leave_now and not self._interrupted_twice:
             self._interrupted_twice = True
-            self._signal(signal.SIGINT)
-            self._signal(signal.SIGINT)
+            self._signal(signal.SIGKILL)  # at once, wherever a rank stands; what is committed is safe from it
         if self.handler.take_save_request():
             self._signal(signal.Signals[f"SIG{self.config.preemption.save_signal}"])
+            self.journal.event("save_requested")
 
     def _signal(self, signum: signal.Signals) -> None:
         for rank in self.ranks:
@@ -224,13 +224,23 @@ class _Supervision:
                 rank.send_signal(signum)
 
     def _judge(self) -> Verdict:
-        """The gravest of what the ranks said; what a rank did not say is read from its exit code."""
-        verdicts = [self._verdict_of(index, rank) for index, rank in enumerate(self.ranks) if rank.poll() is not None]
+        """The gravest of what the ranks said; what a rank did not say is read from its exit code.
+
+        Of several failures the first is the cause: the other ranks fail of the lost connection a moment later.
+        """
+        said = [self._ended_at(index) for index in range(len(self.ranks))]
+        ended = [index for index, rank in enumerate(self.ranks) if said[index] or rank.poll() is not None]
+        verdicts = [self._verdict_of(index, self.ranks[index]) for index in sorted(ended, key=said.__getitem__)]
         verdict = max(verdicts, key=lambda v: ["finished", "preempted", "fenced", "failed"].index(v.outcome))
         notice = self.handler.notice
         if verdict.outcome == "preempted" and notice is not None and notice.signal == "SIGINT":
             return dataclasses.replace(verdict, outcome="interrupted")
         return verdict
+
+    def _ended_at(self, index: int) -> float:
+        """When a rank said how it ended; one that was killed said nothing, and the others only followed it."""
+        record = read_json(self.attempt.path / f"rank{index}.json")
+        return float(record.get("time", 0)) if isinstance(record, dict) else 0.0
 
     def _verdict_of(self, index: int, rank: subprocess.Popen[bytes]) -> Verdict:
         record = read_json(self.attempt.path / f"rank{index}.json")

@@ -114,6 +114,7 @@ class Training:
             with self.session.clock("forward_backward"):
                 reports[index] = self.workload.step(batch, self._backward)
             self.reduction.after_micro_batch(index)
+        randomness.seed_everything(derive_seed(self.session.config.seed, "boundary", step))  # the same on every rank
         with self.session.clock("reduction"):
             self.reduction.finish()
         return reports
@@ -151,7 +152,7 @@ class Training:
     def _skip(self, step: int, trouble: str, loss: float, norm: float) -> None:
         counters = self.session.counters
         counters["skipped_steps"] += 1
-        self.session.event("step_skipped", step=step, reason=trouble, loss=loss, grad_norm=norm)
+        self.session.event("step_skipped", step=step + 1, reason=trouble, loss=loss, grad_norm=norm)
         if counters["skipped_steps"] > self.config.max_skipped_steps:
             raise TrainingDiverged(
                 f"step {step}: {trouble} (loss {loss:g}, gradient norm {norm:g}), and {self.config.max_skipped_steps} "

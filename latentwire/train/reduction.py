@@ -13,7 +13,7 @@ from latentwire.train.ranks import Ranks
 class OrderedReduction:
     """Takes the gradient sum of each canonical segment and adds them in the order of the segments.
 
-    Between ``close_segment`` calls autograd accumulates into ``.grad`` as usual; ``finish`` leaves the total there.
+    Between ``after_micro_batch`` calls autograd accumulates into ``.grad`` as usual; ``finish`` leaves the total there.
 
     Args:
         parameters: the trainable ones, in the same order on every rank.

@@ -39,7 +39,7 @@ class Saving:
     ) -> None:
         self.manager = manager
         self.pace = Pace()
-        """Seconds from the staging of a save to its commit."""
+        """Seconds that the writing of each save took, up to its commit."""
         self._state = state
         self._section = section
         self._is_writer = is_writer

@@ -18,6 +18,7 @@ The program is started again after a preemption and goes on where it was; nothin
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,7 +34,7 @@ from latentwire.checkpoint.layout import step_name
 from latentwire.checkpoint.manager import CheckpointManager
 from latentwire.checkpoint.reader import Loaded
 from latentwire.config import Config, differences, parse_config
-from latentwire.errors import CheckpointMismatch, ConfigError, RunBusy
+from latentwire.errors import CheckpointError, CheckpointMismatch, ConfigError, LatentWireError, RunBusy
 from latentwire.preemption.deadline import Pace, deadline, step_fits
 from latentwire.preemption.handler import Preempted, PreemptionHandler
 from latentwire.run.directory import PREFIX, Attempt, Run, create_run
@@ -94,6 +95,7 @@ class Session:
         self.attempt = attempt
         self.config = config
         self.ranks = ranks
+        randomness.seed_everything(derive_seed(config.seed, "session"))  # for what the user makes: weights, data
         self.step = 0
         """Completed optimizer steps."""
         self.frozen_digests: dict[str, str] = {}
@@ -136,12 +138,16 @@ class Session:
         if self.ranks.rank == 0:
             manager.sweep()
         self.ranks.highest([0.0])  # no rank reads before rank 0 has cleaned up
-        loaded = self._load(manager)
-        if loaded is not None:
-            self._take_over(loaded)
+        try:
+            loaded = self._load(manager)
+            if loaded is not None:
+                self._take_over(loaded)
+            if self.ranks.rank == 0:  # a fresh optimizer has no state yet: AdamW will have twice the parameters
+                manager.check_space(self._state.num_bytes() * (3 if loaded is None else 1))
+        except LatentWireError:
+            self.attempt.unmark_restoring()  # refused, and not died of
+            raise
         self.attempt.unmark_restoring()
-        if self.ranks.rank == 0:  # a fresh optimizer has no state yet: AdamW will have twice the parameters
-            manager.check_space(self._state.num_bytes() * (3 if loaded is None else 1))
         self._saving = Saving(manager, self._state, self.config.checkpoint, self.ranks.rank == 0, self.event)
         self._saving.remember_boundary()
         self.event("restored", step=self.step, seconds=round(time.monotonic() - started, 4))
@@ -351,7 +357,7 @@ class Session:
             self._metrics.record(step=self.step, **metrics)
         value = metrics.get(self.config.checkpoint.best_metric or "")
         sign = 1 if self.config.checkpoint.best_mode == "min" else -1
-        if value is not None and (self._best is None or sign * value < sign * self._best):
+        if value is not None and math.isfinite(value) and (self._best is None or sign * value < sign * self._best):
             self._best = value
             self.saving.new_best()
 
@@ -365,6 +371,8 @@ class Session:
             self._leave(without_saving=bool(leave_now))
         if agreed and saving.manager.committed_step != self.step:
             self._save(REASONS[int(agreed)])
+        elif agreed and self._evaluated_step == self.step:  # evaluated after its commit: a notice had come between
+            saving.manager.add_metrics(self.step, self._evaluation)
 
     def _save(self, reason: str) -> None:
         progress = {
@@ -406,7 +414,10 @@ class Session:
                 self._save("notice")
             else:  # the loop has begun to change the state: what is in memory is no step's state
                 self.event("partial_step_not_saved", step=self.step)
-        manager.close()
+        try:
+            manager.close()
+        except CheckpointError as error:  # to be preempted is no failure: the next attempt goes on from the last commit
+            self.event("left_unsaved", step=self.step, error=str(error))
         self.event(
             "left",
             step=manager.committed_step,

@@ -22,6 +22,7 @@ from latentwire.run.journal import read_journal
 PATIENCE_S = 120.0
 HERE = Path(__file__).parent
 BIN = Path(sys.executable).parent
+OFTEN_SAVED: dict[str, Any] = {"interval_s": None, "interval_steps": 3, "best_metric": None}
 TERM, KILL, INT = signal.SIGTERM, signal.SIGKILL, signal.SIGINT
 _AGENT = "import sys; from latentwire.scheduler.job import TrainingJob; print(TrainingJob(sys.argv[1])())"
 

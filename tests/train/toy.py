@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -80,6 +81,8 @@ class Toy:
         import torch
 
         self.context = context
+        print("the toy is built")
+        print("the toy complains", file=sys.stderr)
         self._hold("build")
         context.safe_point()
         if self.options.no_data:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from latentwire.config import Config, differences, load_config, parse_config
@@ -302,6 +302,7 @@ RESULT = st.fixed_dictionaries(
 )
 
 
+@example({"name": "a", "workload": {"target": TARGET, "options": {"\x85": " \x85\n"}}}, {})
 @given(RESULT, OPERATIONAL)
 def test_a_config_reads_back_from_its_yaml(result: dict[str, Any], operational: dict[str, Any]) -> None:
     config = parse_config(result | operational, "here")

@@ -151,7 +151,7 @@ def test_a_signal_that_came_before_the_handlers_is_recorded(start: Start, signum
 def test_a_signal_sent_while_blocked_here_is_delivered_after() -> None:
     with PreemptionHandler() as handler:
         with blocked():
-            os.kill(os.getpid(), TERM)
+            signal.raise_signal(TERM)  # to this thread: another would take it, were it sent to the process
             assert handler.notice is None
         assert handler.notice is not None
         assert handler.notice.signal == "SIGTERM"
