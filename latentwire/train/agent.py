@@ -230,8 +230,11 @@ class _Supervision:
         """
         said = [self._ended_at(index) for index in range(len(self.ranks))]
         ended = [index for index, rank in enumerate(self.ranks) if said[index] or rank.poll() is not None]
-        verdicts = [self._verdict_of(index, self.ranks[index]) for index in sorted(ended, key=said.__getitem__)]
-        verdict = max(verdicts, key=lambda v: ["finished", "preempted", "fenced", "failed"].index(v.outcome))
+        verdicts = {index: self._verdict_of(index, self.ranks[index]) for index in ended}
+        order = ["failed", "fenced", "preempted", "finished"]
+        gravest = min(order.index(verdict.outcome) for verdict in verdicts.values())
+        equals = [index for index in ended if verdicts[index].outcome == order[gravest]]
+        verdict = verdicts[min(equals, key=said.__getitem__) if order[gravest] == "failed" else equals[0]]
         notice = self.handler.notice
         if verdict.outcome == "preempted" and notice is not None and notice.signal == "SIGINT":
             return dataclasses.replace(verdict, outcome="interrupted")

@@ -66,15 +66,12 @@ class Session:
         path = Path(path).absolute()
         name = path.name.removeprefix(PREFIX)
         if not path.name.startswith(PREFIX):
-            raise ConfigError(
-                f"{path.name}: a run's directory is named {PREFIX}<name>; try {path.parent / PREFIX}{name}"
-            )
+            raise ConfigError(f"{path.name}: a run's directory is named {PREFIX}<name>; try {PREFIX}{name}")
         config = parse_config({"name": name, "seed": seed, "workload": {"target": SCRIPT}, **settings}, where=str(path))
         run = create_run(config, path.parent)
         running = run.running_attempt()
         if running is not None:
             raise RunBusy(f"{path} is in use by attempt {running.number}, {running.agent()}: wait for it, or end it")
-        randomness.seed_everything(seed)
         attempt = run.claim_attempt(os.environ.get("SLURM_JOB_ID", str(os.getpid())), "script")
         self._agent_journal: Journal | None = Journal(attempt.path / "events.agent.jsonl")
         self._agent_journal.event("attempt_started", total_steps=None)
@@ -189,8 +186,8 @@ class Session:
             with self.clock("data"):
                 batch = next(batches)
             randomness.seed_everything(derive_seed(self.config.seed, "step", step, self.ranks.rank))
-            self.counters["samples"] += batch_size
             yield batch
+            self.counters["samples"] += batch_size
 
     def fetch(
         self,
@@ -371,8 +368,8 @@ class Session:
             self._leave(without_saving=bool(leave_now))
         if agreed and saving.manager.committed_step != self.step:
             self._save(REASONS[int(agreed)])
-        elif agreed and self._evaluated_step == self.step:  # evaluated after its commit: a notice had come between
-            saving.manager.add_metrics(self.step, self._evaluation)
+        elif agreed and self._evaluated_step == self.step and self.ranks.rank == 0:
+            saving.manager.add_metrics(self.step, self._evaluation)  # its commit came first: a notice cut in
 
     def _save(self, reason: str) -> None:
         progress = {

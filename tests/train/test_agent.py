@@ -34,7 +34,7 @@ from latentwire.run.budget import next_move, verdict_of
 from latentwire.run.directory import Attempt, Run
 from latentwire.run.journal import read_journal
 
-# --- a life: one run under every signal, compared at the end with the run that nobody disturbed --------------------------
+# --- a life: one run under every signal, compared at the end with the run that nobody disturbed ----------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -324,10 +324,10 @@ def test_bad_steps_are_skipped_and_too_many_end_the_run(failing: dict[str, Agent
     assert agent.outcome() == "failed"
     (attempt,) = agent.run.attempts()
     skipped = {e["step"]: e["reason"] for e in events(attempt, "step_skipped")}
-    assert skipped == {2: "the loss is not finite", 5: "the gradient norm is over 10000", 9: "the loss is not finite"}
+    assert skipped == {3: "the loss is not finite", 6: "the gradient norm is over 10000", 10: "the loss is not finite"}
     verdict = verdict_of(attempt)
     assert verdict.cause == "user"
-    assert "TrainingDiverged: step 9" in str(verdict.error)
+    assert "TrainingDiverged: step 10" in str(verdict.error)
     assert {r["step"]: r["loss"] for r in trained_steps(attempt)}[3] == "nan"
 
 

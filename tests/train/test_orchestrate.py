@@ -123,17 +123,22 @@ class AgentWatch(threading.Thread):
 
 @dataclasses.dataclass(frozen=True)
 class Moment:
-    """When an orchestrator is killed: so long after something was seen."""
+    """When an orchestrator is killed: shortly after something was seen.
+
+    A process that was seen stands still until the next orchestrator has looked around.
+    """
 
     what: str
     look: Callable[[Run], object]
 
 
-def _is_submitting(number: int) -> Callable[[Run], bool]:
-    def look(run: Run) -> bool:
-        records = read_journal(run.orchestrator_events)
-        begun = any(r.get("event") == "submitting" and r.get("number") == number for r in records)
-        return begun and len(list_jobs(run)) < number
+def _submission(number: int) -> Callable[[Run], psutil.Process | None]:
+    """The process that submits; its job is not written down yet."""
+
+    def look(run: Run) -> psutil.Process | None:
+        words = ["latentwire.scheduler.submission", str(run.path), str(number)]
+        at_work = [p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [])[-3:] == words]
+        return at_work[0] if at_work and len(list_jobs(run)) < number else None
 
     return look
 
@@ -158,10 +163,10 @@ def _preempted(run: Run) -> bool:
 
 MOMENTS = (
     Moment("right after its start", lambda run: run.lease_path.exists()),
-    Moment("while it submits", _is_submitting(1)),
+    Moment("while it submits", _submission(1)),
     Moment("while the job trains", _trained(1, 2)),
     Moment("after a preemption", _preempted),
-    Moment("while it submits again", _is_submitting(2)),
+    Moment("while it submits again", _submission(2)),
     Moment("while the second job trains", _trained(2, 2)),
 )
 
@@ -173,9 +178,18 @@ def test_an_orchestrator_killed_at_any_moment_is_resumed_and_no_job_runs_twice(f
     watch.start()
     chance = random.Random(7)
     words: list[str | Path] = ["--config", config]
+    output = folder / "orchestrator.out"
+    frozen: psutil.Process | None = None
     for moment in MOMENTS:
+        told = output.stat().st_size if output.exists() else 0
         with orchestrator(folder, *words) as process:
-            wait_for(lambda moment=moment: moment.look(run), moment.what)  # type: ignore[misc]
+            if frozen is not None:
+                wait_for(lambda told=told: output.stat().st_size > told, "the first look")  # type: ignore[misc]
+                frozen.resume()
+            seen = wait_for(lambda moment=moment: moment.look(run), moment.what)  # type: ignore[misc]
+            frozen = seen if isinstance(seen, psutil.Process) else None
+            if frozen is not None:
+                frozen.suspend()
             time.sleep(chance.uniform(0, 0.02))
             assert process.poll() is None, f"{moment.what}: it had ended by itself"
         words = ["--resume"]
