@@ -155,9 +155,9 @@ class Training:
         self.session.event("step_skipped", step=step + 1, reason=trouble, loss=loss, grad_norm=norm)
         if counters["skipped_steps"] > self.config.max_skipped_steps:
             raise TrainingDiverged(
-                f"step {step}: {trouble} (loss {loss:g}, gradient norm {norm:g}), and {self.config.max_skipped_steps} "
-                "steps were skipped before: lower train.optimizer.lr, look at the data of this step, or allow more "
-                "with train.max_skipped_steps"
+                f"step {step + 1}: {trouble} (loss {loss:g}, gradient norm {norm:g}), and "
+                f"{self.config.max_skipped_steps} steps were skipped before: lower train.optimizer.lr, "
+                "look at the data of this step, or allow more with train.max_skipped_steps"
             )
 
     def _gather(self, reports: dict[int, StepReport]) -> dict[str, float]:

@@ -28,9 +28,9 @@ def drill_program(
         yield None
         return
     folder = tmp_path_factory.mktemp("drill")
-    # a network and pauses large enough for every window to be hit
-    workload = {"options": {"width": 1000, "pause_s": 0.002}}
-    train = {"steps": 40, "eval_every": 8, "warmup_batches": 50, "schedule": {"warmup_steps": 4}}
+    # a network and pauses large enough for every window to be hit, and steps enough for windows that were missed
+    workload = {"options": {"width": 1000, "pause_s": 0.01}}
+    train = {"steps": 90, "num_micro_batches": 4, "eval_every": 8, "warmup_batches": 40}
     config = write_config(folder, "toy-drill", workload=workload, train=train, checkpoint=OFTEN_SAVED)
     process = subprocess.Popen(
         [BIN / "latentwire", "drill", "--json", "--config", config, "--runs-dir", "runs"],
