@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from latentwire.preemption.handler import Notice
 
@@ -17,11 +17,11 @@ def deadline(
     notice: Notice,
     grace_s: float,
     environ: Mapping[str, str],
-    end_time: Callable[[], float | None] = lambda: None,
+    end_unix_s: float | None = None,
 ) -> float:
     """The monotonic time at which the machine is expected to be taken away.
 
-    Asked once after a notice, at a safe point, never in a handler. The earliest of the configured grace, Slurm's
+    Asked after a notice, at a safe point, never in a handler. The earliest of the configured grace, Slurm's
     SLURM_JOB_END_TIME (unix seconds, from Slurm 23.02; the job's time limit), and the scheduler's present EndTime
     (which at preemption is notice + GraceTime): to be early costs a step, to be late costs all since the last save.
 
@@ -29,9 +29,9 @@ def deadline(
         notice: what came.
         grace_s: configured seconds between notice and kill.
         environ: the process environment.
-        end_time: asks the scheduler for the job's EndTime in unix seconds; None where it cannot tell.
+        end_unix_s: the job's EndTime as the scheduler gives it now; None where it does not.
     """
-    ends = [notice.unix_s + grace_s, end_time()]
+    ends = [notice.unix_s + grace_s, end_unix_s]
     text = environ.get("SLURM_JOB_END_TIME", "")
     if text.isdecimal():
         ends.append(float(text))

@@ -13,6 +13,7 @@
         attempt.json               job id, host, pid
         events.agent.jsonl  events.rank0.jsonl  metrics.jsonl  gpu_stats.jsonl
         stdout.log  stderr.log  monitor.log  environment.json  placement.json
+        deadline.json              after a notice: when the scheduler ends the job
         restoring.json             present while a checkpoint is being loaded
         rank0.json                 how the rank ended
       checkpoints/step-00001200/   see latentwire.checkpoint
@@ -177,6 +178,15 @@ class Attempt:
             raise Fenced(
                 f"attempt {self.number} of {self.run.name} was superseded by attempt {newest}: it commits nothing more"
             )
+
+    def set_end(self, unix_s: float) -> None:
+        """Write down when the scheduler means to end the job. Called by the agent after a notice."""
+        write_json(self.path / "deadline.json", {"unix_s": unix_s})
+
+    def end_unix_s(self) -> float | None:
+        """When the scheduler means to end the job, where that is known."""
+        record = read_json(self.path / "deadline.json")
+        return float(record["unix_s"]) if isinstance(record, dict) and "unix_s" in record else None
 
     def mark_restoring(self, checkpoint: str) -> None:
         """Say which checkpoint is about to be loaded. A mark that is never taken back means: died of it."""

@@ -10,6 +10,12 @@ Event = Mapping[str, Any]
 _WORDS: dict[str, Callable[[Event], str]] = {
     "submitted": lambda e: f"submitted as job {e.get('job_id')} ({e.get('scheduler')})",
     "job_died": lambda e: f"job {e.get('job_id')} died before it started: {e.get('reason')}",
+    "job_cancelled": lambda e: f"job {e.get('job_id')} was cancelled by hand: not submitted again",
+    "requeue": lambda e: (
+        f"requeued, {e.get('given_back_s')} s of grace given back"
+        if e.get("done")
+        else f"not requeued: {e.get('reason')}"
+    ),
     "given_up": lambda e: f"given up: {e.get('reason')}",
     "resumed": lambda e: f"resumed by hand after attempt {e.get('after_attempt')}",
     "attempt_started": lambda e: f"attempt started (job {e.get('job_id', '-')})",

@@ -14,13 +14,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from latentwire.errors import LatentWireError, RunBusy, SchedulerError
+from latentwire.run.atomic import write_json
 from latentwire.run.budget import next_move
 from latentwire.run.directory import Attempt, Run
 from latentwire.run.journal import Follower, Journal, last_record, time_of
 from latentwire.run.lease import Lease
 from latentwire.run.status import RunStatus, is_alive, run_status
 from latentwire.run.telling import tell
-from latentwire.scheduler.queue import live_jobs
+from latentwire.scheduler.queue import JobStates, job_states
 from latentwire.scheduler.submission import Job, list_jobs, submit
 
 _POLL_S = 0.5
@@ -130,13 +131,13 @@ class Orchestrator:
         open_ones = [watched for watched in self.watched if not watched.done]
         jobs_of = [list_jobs(watched.run) for watched in open_ones]  # once: a job that appears later was not asked for
         try:
-            live = live_jobs([jobs[-1] for jobs in jobs_of if jobs])
+            states = job_states([jobs[-1] for jobs in jobs_of if jobs])
         except SchedulerError as error:
             log.warning("the scheduler does not answer, waiting: %s", error)
             return
         for watched, jobs in zip(open_ones, jobs_of, strict=True):
             try:
-                self._advance(watched, jobs, live)
+                self._advance(watched, jobs, states)
             except LatentWireError as error:
                 watched.give_up(str(error))
         for watched in self.watched:
@@ -156,14 +157,17 @@ class Orchestrator:
                 log.warning("%s", error)
                 watched.done = True
 
-    def _advance(self, watched: Watched, jobs: Sequence[Job], live: set[str]) -> None:
+    def _advance(self, watched: Watched, jobs: Sequence[Job], states: JobStates) -> None:
         """One run: wait for its job, or submit the next, or be done with it."""
         run, now = watched.run, self._clock()
         attempts = run.attempts()
         job, attempt = (jobs[-1] if jobs else None), (attempts[-1] if attempts else None)
         running = attempt is not None and attempt.ended() is None and is_alive(attempt, now)
-        if running or (job is not None and job.job_id in live) or _is_being_submitted(run, job, now):
+        if running or (job is not None and job.job_id in states.live) or _is_being_submitted(run, job, now):
             return
+        if job is not None and job.job_id in states.cancelled and not run.cancel_path.exists():
+            write_json(run.cancel_path, {"time": now, "by": f"scancel of job {job.job_id}"})
+            watched.journal.event("job_cancelled", job_id=job.job_id)
         if run.cancel_path.exists():
             watched.done = True
         elif job is not None and job.job_id not in {a.record().get("job_id") for a in attempts}:

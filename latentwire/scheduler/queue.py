@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 from collections.abc import Callable, Sequence
 
@@ -45,19 +46,27 @@ def run_command(command: Sequence[str]) -> str:
     return done.stdout
 
 
-def live_jobs(jobs: Sequence[Job], runner: Runner = run_command) -> set[str]:
-    """The ids of those jobs that are waiting, running or ending; one call for any number of jobs.
+@dataclasses.dataclass(frozen=True)
+class JobStates:
+    """What became of jobs. A job in neither set is gone, and nobody cancelled it (or Slurm has forgotten it)."""
+
+    live: frozenset[str]
+    cancelled: frozenset[str]
+
+
+def job_states(jobs: Sequence[Job], runner: Runner = run_command) -> JobStates:
+    """Which of the jobs are waiting, running or ending, and which were cancelled; one call for any number of jobs.
 
     Raises:
         SchedulerError: the scheduler did not answer: nothing is known of its jobs.
     """
     live = {job.job_id for job in jobs if job.scheduler == "local" and job.is_alive()}
-    slurm = [job.job_id for job in jobs if job.scheduler == "slurm"]
-    if slurm:
-        # Without -t all squeue leaves out a job that is completing; it fails on an id that it has forgotten, so ask for
-        # all of the user's jobs and pick.
-        for line in runner(["squeue", "--noheader", "--me", "-t", "all", "-o", "%i %T"]).splitlines():
-            job_id, _, state = line.strip().partition(" ")
-            if job_id in slurm and state not in _GONE:
-                live.add(job_id)
-    return live
+    slurm = {job.job_id for job in jobs if job.scheduler == "slurm"}
+    if not slurm:
+        return JobStates(frozenset(live), frozenset())
+    # Without -t all squeue leaves out a job that is completing; it fails on an id that it has forgotten, so ask for all
+    # of the user's jobs and pick.
+    lines = runner(["squeue", "--noheader", "--me", "-t", "all", "-o", "%i %T"]).splitlines()
+    states = dict(line.strip().split(" ", 1) for line in lines if " " in line.strip())
+    live |= {job_id for job_id in slurm if states.get(job_id, "COMPLETED") not in _GONE}
+    return JobStates(frozenset(live), frozenset(job_id for job_id in slurm if states.get(job_id) == "CANCELLED"))

@@ -16,6 +16,7 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
+from typing import Protocol
 
 from latentwire import __version__
 from latentwire.elastic.inventory import Inventory, cpu_model
@@ -37,19 +38,32 @@ _OTHERS_END_WITHIN_S = 30.0
 _KILL_AFTER_S = 20.0
 
 
+class Allocation(Protocol):
+    """What the agent may ask of the scheduler under which it runs."""
+
+    @property
+    def job_id(self) -> str:
+        """The scheduler's name for the job."""
+
+    @property
+    def scheduler(self) -> str:
+        """``local`` or ``slurm``."""
+
+    def end_unix_s(self) -> float | None:
+        """When the job is to be ended, as far as the scheduler says. Asked once, after a notice; may take a second."""
+
+
 class Agent:
     """Runs a run in this allocation: attempt after attempt until it is finished, preempted, or beyond its budgets.
 
     Args:
         run: the run, with its config.yaml.
-        job_id: the scheduler's.
-        scheduler: ``local`` or ``slurm``.
+        allocation: the job that it runs in.
     """
 
-    def __init__(self, run: Run, job_id: str, scheduler: str) -> None:
+    def __init__(self, run: Run, allocation: Allocation) -> None:
         self.run = run
-        self.job_id = job_id
-        self.scheduler = scheduler
+        self.allocation = allocation
         self.config = run.config()
         self.handler = PreemptionHandler(self.config.preemption.save_signal)
 
@@ -64,7 +78,7 @@ class Agent:
                 self._wait_for_older_attempts()
                 if self.run.cancel_path.exists():
                     return Verdict("cancelled", error="the run was cancelled before this job started")
-                attempt = self.run.claim_attempt(self.job_id, self.scheduler)
+                attempt = self.run.claim_attempt(self.allocation.job_id, self.allocation.scheduler)
                 verdict = _Supervision(self, attempt).main()
                 move = next_move(self.run, self.config.retry)
                 if verdict.outcome != "failed" or not move.again or self.handler.notice is not None:
@@ -107,8 +121,8 @@ class _Supervision:
     def main(self) -> Verdict:
         self.journal.event(
             "attempt_started",
-            job_id=self.agent.job_id,
-            scheduler=self.agent.scheduler,
+            job_id=self.agent.allocation.job_id,
+            scheduler=self.agent.allocation.scheduler,
             total_steps=self.config.train.steps,
             version=__version__,
         )
@@ -211,6 +225,9 @@ class _Supervision:
             self._passed_on = notice
             self.journal.event("notice", signal=notice.signal, received=round(notice.unix_s, 3))
             self._signal(signal.SIGTERM)  # not INT: Slurm may have sent that to the ranks too, and twice means at once
+            end = self.agent.allocation.end_unix_s()
+            if end is not None:
+                self.attempt.set_end(end)
         if self.handler.leave_now and not self._interrupted_twice:
             self._interrupted_twice = True
             self._signal(signal.SIGKILL)  # at once, wherever a rank stands; what is committed is safe from it

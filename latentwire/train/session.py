@@ -106,7 +106,7 @@ class Session:
         self._metrics = Journal(attempt.path / "metrics.jsonl") if ranks.rank == 0 else None
         self._saving: Saving | None = None
         self._in_step = False
-        self._deadline: float | None = None
+        self._told_notice = False
         self._evaluated_step = 0
         self._evaluation: dict[str, float] = {}
         self._best: float | None = None
@@ -389,11 +389,13 @@ class Session:
     def _notice_deadline(self) -> float:
         notice = self._handler.notice
         assert notice is not None
-        if self._deadline is None:
-            self._deadline = deadline(notice, self.config.preemption.grace_s, os.environ)
-            left = round(self._deadline - time.monotonic(), 3)
+        end_unix_s = self.attempt.end_unix_s()  # the agent asks the scheduler; until it answers the grace counts
+        when = deadline(notice, self.config.preemption.grace_s, os.environ, end_unix_s)
+        if not self._told_notice:
+            self._told_notice = True
+            left = round(when - time.monotonic(), 3)
             self.event("draining", signal=notice.signal, received=round(notice.unix_s, 3), deadline_in_s=left)
-        return self._deadline
+        return when
 
     def _leave(self, without_saving: bool) -> None:
         """Save the last boundary if it is not on disk yet, then go. Every rank."""

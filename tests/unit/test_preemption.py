@@ -246,7 +246,7 @@ NOTICE = Notice("SIGTERM", monotonic_s=1000.0, unix_s=5_000_000.0)
 def test_the_deadline_is_the_earliest_end_that_is_still_to_come(
     environ: Mapping[str, str], end_time: float | None, seconds: float
 ) -> None:
-    assert deadline(NOTICE, 120.0, environ, lambda: end_time) == NOTICE.monotonic_s + seconds
+    assert deadline(NOTICE, 120.0, environ, end_time) == NOTICE.monotonic_s + seconds
 
 
 @given(st.floats(1e-6, 1e6))
