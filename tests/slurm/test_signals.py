@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster
-from running import OFTEN_SAVED, PATIENCE_S, events, make_run, trained_steps, wait_for, wait_for_steps
+from running import OFTEN_SAVED, PATIENCE_S, SLOW_ENOUGH, events, make_run, trained_steps, wait_for, wait_for_steps
 
 from latentwire.checklist.drill import final_digests
 from latentwire.run.budget import committed_step, verdict_of
@@ -58,7 +58,7 @@ class Orchestrated:
 def orchestrated(cluster: Cluster, folder: Path, partition: str) -> Iterator[Orchestrated]:
     """A run in a partition, with its orchestrator, until the block is left."""
     scheduler = {"kind": "slurm", "partition": partition, "gpus": 1, "cpus": 2, "time_min": 10}
-    run = make_run(folder / "runs", scheduler=scheduler, checkpoint=OFTEN_SAVED)
+    run = make_run(folder / "runs", scheduler=scheduler, checkpoint=OFTEN_SAVED, **SLOW_ENOUGH)
     program = Orchestrated(cluster, run)
     try:
         yield program
