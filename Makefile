@@ -5,7 +5,7 @@ RUNS ?= runs
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: run quickstart test lint drill checklist clean
+.PHONY: run quickstart test test-slurm cluster cluster-down lint drill checklist clean
 
 run: $(INSTALLED) quickstart
 
@@ -19,7 +19,16 @@ quickstart: $(INSTALLED)
 	$(BIN)/python -m latentwire.orchestrate --config configs/quickstart.yaml --runs-dir $(RUNS)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm"
+
+test-slurm: $(INSTALLED)
+	$(BIN)/python -m pytest -m slurm tests/slurm
+
+cluster: $(INSTALLED)
+	@$(BIN)/python tests/slurm/cluster.py up build/cluster
+
+cluster-down: $(INSTALLED)
+	@$(BIN)/python tests/slurm/cluster.py down build/cluster
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -17,6 +17,8 @@ from latentwire.run.budget import committed_step, verdict_of
 from latentwire.run.directory import Attempt, Run
 from latentwire.run.status import run_status
 
+pytestmark = pytest.mark.slurm
+
 
 class Orchestrated:
     """A toy run on the private cluster, with its orchestrator as a program."""
