@@ -263,11 +263,24 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     return [] if old == new else [f"{prefix.rstrip('.')}: {old} -> {new}"]
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML takes the last of two equal keys in silence; half of a config would be dropped."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(
+                    f"the key {key!r} stands twice in one mapping (line {node.start_mark.line + 1} on)"
+                )
+        return super().construct_mapping(node, deep)
+
+
 def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
         raise ConfigError(f"{path}: its base: leads back to itself ({' -> '.join(p.name for p in seen)})")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except FileNotFoundError:
         there = ", ".join(sorted(p.name for p in path.parent.glob("*.yaml"))) or "no YAML file"
         raise ConfigError(f"there is no config {path}; {path.parent} has: {there}") from None

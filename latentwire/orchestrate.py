@@ -74,7 +74,7 @@ def main(
             _detach(request)
         else:
             raise SystemExit(_orchestrate(request))
-    except LatentWireError as error:
+    except (LatentWireError, OSError) as error:
         print(f"latentwire: {error}", file=sys.stderr)
         raise SystemExit(1) from None
 
@@ -84,7 +84,7 @@ def _orchestrate(request: _Request) -> int:
 
     runs = _runs(request)
     if not runs:
-        print(f"nothing to resume in {request.runs_dir}: every run is finished, cancelled or given up")
+        print(f"nothing to resume in {request.runs_dir}: no run is unfinished and without an orchestrator")
         return 0
     log_path = _start_log(request.runs_dir)
     with Board(log, log_path) as board:
@@ -226,4 +226,6 @@ def _start_log(runs_dir: Path) -> Path:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    app()

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from latentwire.config import load_config
 from latentwire.errors import LatentWireError
 from latentwire.run.directory import PREFIX, Attempt, Run
 from latentwire.run.journal import read_journal
@@ -127,6 +128,7 @@ def drill(
     Raises:
         LatentWireError: the config does not run at all, or a wait took too long.
     """
+    load_config(config)  # before anything is made
     started = time.monotonic()
     tell("undisturbed run ...")
     calm = _Program(config, folder, "undisturbed")

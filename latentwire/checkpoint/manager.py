@@ -152,6 +152,7 @@ class CheckpointManager:
         before = self.committed_step
         try:
             self._fence()
+            self.folder.mkdir(exist_ok=True)  # somebody may have removed it
             shutil.rmtree(hidden, ignore_errors=True)
             self._write_and_commit(snapshot, hidden, final)
             self.last_save_s = time.monotonic() - started

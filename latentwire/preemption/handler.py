@@ -48,11 +48,13 @@ class Preempted(SystemExit):
 
     Attributes:
         step: completed steps that are safe on disk; None where the run has none yet.
+        error: why the last steps could not be saved, None if they are.
     """
 
-    def __init__(self, step: int | None) -> None:
+    def __init__(self, step: int | None, error: str | None = None) -> None:
         super().__init__(EXIT_CODE)
         self.step = step
+        self.error = error
 
 
 class PreemptionHandler:

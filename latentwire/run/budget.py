@@ -53,7 +53,8 @@ def verdict_of(attempt: Attempt) -> Verdict:
 def committed_step(attempt: Attempt) -> int:
     """The highest step that the attempt committed, 0 if none."""
     records = read_journal(attempt.path / "events.rank0.jsonl")
-    return max((int(r["step"]) for r in records if r.get("event") == "save_committed"), default=0)
+    steps = (r.get("step") for r in records if r.get("event") == "save_committed")
+    return max((step for step in steps if isinstance(step, int)), default=0)
 
 
 def num_halvings(run: Run) -> int:

@@ -244,12 +244,16 @@ def create_run(config: Config, runs_dir: Path) -> Run:
 
     Raises:
         RunConflict: the directory belongs to a config that gives another result; the message shows the difference.
+        RunError: the directory cannot be written.
     """
     run = run_of(config, runs_dir)
-    run.path.mkdir(parents=True, exist_ok=True)
-    if refuse_another_identity(run, config) and run.config() == config:
-        return run
-    write_text(run.path / "config.yaml", config.to_yaml())
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        if refuse_another_identity(run, config) and run.config() == config:
+            return run
+        write_text(run.path / "config.yaml", config.to_yaml())
+    except OSError as error:
+        raise RunError(f"cannot write {run.path} ({error.strerror}): put the runs where you may write") from error
     return run
 
 

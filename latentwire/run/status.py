@@ -141,6 +141,7 @@ class _Facts:
         self.committed_step: int | None = None
         self.verified_at: float | None = None
         self.weights_sha256: str | None = None
+        self.alarm: str | None = None
 
     def take(self, attempt: Attempt) -> None:
         for event in attempt.events():
@@ -148,7 +149,7 @@ class _Facts:
         record = last_record(attempt.path / "metrics.jsonl", key="loss")
         if record is None:
             return
-        self.step = int(record.get("step", self.step))
+        self.step = _whole(record.get("step"), self.step)
         self.loss = _number(record.get("loss", self.loss))
         self.samples_per_s = _number(record.get("samples_per_s", self.samples_per_s))
         self.step_s = _number(record.get("step_s", self.step_s))
@@ -160,15 +161,18 @@ class _Facts:
         if name == "attempt_started":
             self.last_step_at = _number(event.get("time"))
         if name in ("attempt_started", "training_started") and event.get("total_steps") is not None:
-            self.total_steps = int(event["total_steps"])
+            self.total_steps = _whole(event["total_steps"], self.total_steps or 0)
         elif name == "restored":
-            self.step = int(event["step"])
+            self.step = _whole(event.get("step"), self.step)
         elif name == "save_committed":
-            self.committed_step = int(event["step"])
+            self.committed_step = _whole(event.get("step"), self.committed_step or 0)
+            self.alarm = None
+        elif name == "save_failed":
+            self.alarm = f"the last save failed: {event.get('error')}"
         elif name == "save_verified":
             self.verified_at = _number(event.get("time"))
         elif name == "training_finished":
-            self.step, self.weights_sha256 = int(event["step"]), event.get("weights_sha256")
+            self.step, self.weights_sha256 = _whole(event.get("step"), self.step), event.get("weights_sha256")
 
     def eta_s(self) -> float | None:
         if self.total_steps is None or self.step_s is None:
@@ -178,6 +182,8 @@ class _Facts:
 
 def _state(run: Run, alive: bool, outcomes: list[str], facts: _Facts, now: float) -> tuple[str, str | None]:
     if alive:
+        if facts.alarm is not None:
+            return "RUNNING", facts.alarm
         stalled = facts.last_step_at is not None and now - facts.last_step_at > STALLED_S
         return ("STALLED", f"no step for {now - (facts.last_step_at or now):.0f} s") if stalled else ("RUNNING", None)
     last = outcomes[-1] if outcomes else None
@@ -203,6 +209,10 @@ def _given_up(run: Run) -> str | None:
 def _submitted_job(run: Run) -> str | None:
     jobs = [r for r in read_journal(run.orchestrator_events) if r.get("event") == "submitted"]
     return str(jobs[-1].get("job_id")) if jobs else None
+
+
+def _whole(value: Any, otherwise: int) -> int:
+    return value if isinstance(value, int) else otherwise
 
 
 def _number(value: Any) -> float | None:

@@ -16,6 +16,9 @@ _WORDS: dict[str, Callable[[Event], str]] = {
         if e.get("done")
         else f"not requeued: {e.get('reason')}"
     ),
+    "attempt_lost": lambda e: (
+        f"attempt {e.get('attempt')} ended without a word (SIGKILL, node failure), committed step {e.get('step')}"
+    ),
     "given_up": lambda e: f"given up: {e.get('reason')}",
     "resumed": lambda e: f"resumed by hand after attempt {e.get('after_attempt')}",
     "attempt_started": lambda e: f"attempt started (job {e.get('job_id', '-')})",

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from latentwire.errors import LatentWireError, RunBusy, SchedulerError
 from latentwire.run.atomic import write_json
-from latentwire.run.budget import next_move
+from latentwire.run.budget import committed_step, next_move
 from latentwire.run.directory import Attempt, Run
-from latentwire.run.journal import Follower, Journal, last_record, time_of
+from latentwire.run.journal import Follower, Journal, last_record, read_journal, time_of
 from latentwire.run.lease import Lease
 from latentwire.run.status import RunStatus, is_alive, run_status
 from latentwire.run.telling import tell
@@ -138,8 +138,9 @@ class Orchestrator:
         for watched, jobs in zip(open_ones, jobs_of, strict=True):
             try:
                 self._advance(watched, jobs, states)
-            except LatentWireError as error:
+            except (LatentWireError, OSError) as error:  # an OSError: its directory was removed, or cannot be written
                 watched.give_up(str(error))
+                log.error("%s: given up: %s", watched.run.name, error)
         for watched in self.watched:
             for line in watched.news():
                 log.info("%s: %s", watched.run.name, line)
@@ -176,6 +177,8 @@ class Orchestrator:
             self._after_an_attempt(watched, attempt)
 
     def _after_an_attempt(self, watched: Watched, attempt: Attempt | None) -> None:
+        if attempt is not None and attempt.ended() is None and not self._told_lost(watched, attempt):
+            watched.journal.event("attempt_lost", attempt=attempt.number, step=committed_step(attempt))
         move = next_move(watched.run, watched.config.retry)
         if move.again:
             ended_at = float((attempt.ended() or {}).get("time", 0)) if attempt is not None else 0.0
@@ -185,6 +188,11 @@ class Orchestrator:
             watched.done = True
         else:
             watched.give_up(move.reason)
+
+    @staticmethod
+    def _told_lost(watched: Watched, attempt: Attempt) -> bool:
+        records = read_journal(watched.run.orchestrator_events)
+        return any(r.get("event") == "attempt_lost" and r.get("attempt") == attempt.number for r in records)
 
     def _after_a_death(self, watched: Watched, job: Job) -> None:
         """The newest job is gone and never made an attempt."""

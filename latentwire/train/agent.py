@@ -24,7 +24,7 @@ from latentwire.elastic.planner import Placement, plan
 from latentwire.errors import ConfigError, RunBusy
 from latentwire.monitor.gpu import list_gpus
 from latentwire.monitor.rollup import summarise
-from latentwire.preemption.handler import Notice, PreemptionHandler, blocked
+from latentwire.preemption.handler import EXIT_CODE, Notice, PreemptionHandler, blocked
 from latentwire.run.atomic import read_json, write_json
 from latentwire.run.budget import Verdict, next_move, num_halvings
 from latentwire.run.directory import Attempt, Run
@@ -210,7 +210,7 @@ class _Supervision:
         """Pass signals on until every rank has ended, or one has failed, or a newer attempt exists."""
         while True:
             codes = [rank.poll() for rank in self.ranks]
-            if all(code is not None for code in codes) or any(code not in (None, 0, 75) for code in codes):
+            if all(code is not None for code in codes) or any(code not in (None, 0, EXIT_CODE) for code in codes):
                 return self._judge()
             if time.monotonic() > self._next_fence:
                 self._next_fence = time.monotonic() + _FENCE_EVERY_S
@@ -267,10 +267,18 @@ class _Supervision:
         if isinstance(record, dict):
             return Verdict(record["outcome"], record.get("cause"), record.get("step"), record.get("error"))
         code = rank.returncode
+        if code in (0, EXIT_CODE):  # it could not write more: the disk is full
+            return Verdict("preempted" if code else "finished", error=f"rank {index} could not write how it ended")
         if code < 0 and self.handler.notice is not None:
             return Verdict("preempted", step=None, error=f"rank {index} was ended by {signal.Signals(-code).name}")
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-        return Verdict("failed", "killed" if code < 0 else "other", error=f"rank {index} ended {how} without a word")
+        return Verdict(
+            "failed", "killed" if code < 0 else "other", error=f"rank {index} ended {how}: {self._last_line()}"
+        )
+
+    def _last_line(self) -> str:
+        lines = (self.attempt.path / "stderr.log").read_text(errors="replace").strip().splitlines()
+        return lines[-1][:300] if lines else "it left no message"
 
     # --- the end ------------------------------------------------------------------------------------------------------
 

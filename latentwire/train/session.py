@@ -28,24 +28,28 @@ from typing import Any
 
 import torch
 
-from latentwire import __version__
-from latentwire.checkpoint import reader
-from latentwire.checkpoint.layout import step_name
-from latentwire.checkpoint.manager import CheckpointManager
 from latentwire.checkpoint.reader import Loaded
-from latentwire.config import Config, differences, parse_config
-from latentwire.errors import CheckpointError, CheckpointMismatch, ConfigError, LatentWireError, RunBusy
+from latentwire.config import Config, parse_config
+from latentwire.errors import (
+    CheckpointError,
+    ConfigError,
+    LatentWireError,
+    RunBusy,
+)
 from latentwire.preemption.deadline import Pace, deadline, step_fits
 from latentwire.preemption.handler import Preempted, PreemptionHandler
 from latentwire.run.directory import PREFIX, Attempt, Run, create_run
 from latentwire.run.journal import Journal
 from latentwire.target import SCRIPT
 from latentwire.train import data as data_module
-from latentwire.train import randomness
+from latentwire.train import randomness, recovery
 from latentwire.train.order import SampleOrder, derive_seed
 from latentwire.train.ranks import Ranks
 from latentwire.train.saving import REASONS, Saving
 from latentwire.train.state import Stateful, TrainingState
+
+_LAST_SAVE_TRIES = 20
+_LAST_SAVE_PAUSE_S = 30.0
 
 
 class Session:
@@ -131,12 +135,12 @@ class Session:
         """
         assert self._saving is None, "restore() once, before the first step"
         started = time.monotonic()
-        manager = self._make_manager()
+        manager = recovery.make_manager(self.run, self.attempt, self.config, self.frozen_digests, self.event)
         if self.ranks.rank == 0:
             manager.sweep()
         self.ranks.highest([0.0])  # no rank reads before rank 0 has cleaned up
         try:
-            loaded = self._load(manager)
+            loaded = recovery.load_newest(manager, self.run, self.attempt, self.ranks)
             if loaded is not None:
                 self._take_over(loaded)
             if self.ranks.rank == 0:  # a fresh optimizer has no state yet: AdamW will have twice the parameters
@@ -227,8 +231,22 @@ class Session:
             self._begin_step()
             yield self.step
             self._end_step()
-        self.saving.manager.close()
+        self._save_the_end()
         self.event("training_finished", step=self.step, weights_sha256=self.saving.manager.group_sha256("model"))
+
+    def _save_the_end(self) -> None:
+        """Wait for the last save; where the disk refuses it, try again for ten minutes, or until a notice comes."""
+        manager = self.saving.manager
+        for _ in range(_LAST_SAVE_TRIES):
+            manager.wait()
+            if manager.failure is None:
+                break
+            until = time.monotonic() + _LAST_SAVE_PAUSE_S
+            while time.monotonic() < until:
+                self.safe_point()
+                time.sleep(0.5)
+            self._save("last")
+        manager.close()
 
     def safe_point(self) -> None:
         """Leave here if the machine is about to be taken away and the step does not fit any more. Every rank together.
@@ -277,40 +295,6 @@ class Session:
         return self._saving
 
     # --- inside -------------------------------------------------------------------------------------------------------
-
-    def _make_manager(self) -> CheckpointManager:
-        config = self.config.checkpoint
-        return CheckpointManager(
-            self.run.checkpoints,
-            token=self.attempt.number,
-            version=__version__,
-            identity={"config": self.config.digest(), "frozen": dict(self.frozen_digests)},
-            fence=self.attempt.assert_newest,
-            event=self.event,
-            keep=config.keep,
-            best_metric=config.best_metric,
-            best_mode=config.best_mode,
-            shard_bytes=config.shard_mb << 20,
-            threads=config.threads,
-        )
-
-    def _load(self, manager: CheckpointManager) -> Loaded | None:
-        """The newest usable checkpoint, if it belongs to this run."""
-        loaded = None
-        if self.ranks.rank == 0:
-            loaded = manager.restore(self.run.deadly_checkpoints(), self.attempt.mark_restoring)
-        step = int(self.ranks.highest([-1.0 if loaded is None else float(loaded.manifest.step)])[0])
-        if loaded is None and step >= 0:
-            loaded = reader.load(self.run.checkpoints / step_name(step))
-        for key, ours in manager.identity.items():
-            theirs = ours if loaded is None else loaded.manifest.identity.get(key)
-            if theirs != ours:
-                changed = "; ".join(differences(theirs, ours, f"{key}."))
-                raise CheckpointMismatch(
-                    f"{manager.folder} was written with another {key}: {changed}. Bring back what the run was started "
-                    "with, or start a run of another name"
-                )
-        return loaded
 
     def _take_over(self, loaded: Loaded) -> None:
         randomness.restore(self._state.apply(loaded))
@@ -413,18 +397,20 @@ class Session:
                 self._save("notice")
             else:  # the loop has begun to change the state: what is in memory is no step's state
                 self.event("partial_step_not_saved", step=self.step)
+        unsaved = None
         try:
             manager.close()
         except CheckpointError as error:  # to be preempted is no failure: the next attempt goes on from the last commit
-            self.event("left_unsaved", step=self.step, error=str(error))
+            unsaved = str(error)
+            self.event("left_unsaved", step=self.step, error=unsaved)
         self.event(
             "left",
             step=manager.committed_step,
             dropped_partial_step=self._in_step,
-            saved=True,
+            saved=unsaved is None,
             seconds=round(time.monotonic() - started, 4),
         )
-        raise Preempted(manager.committed_step)
+        raise Preempted(manager.committed_step, unsaved)
 
     # --- as a context manager, in a user's own script -----------------------------------------------------------------
 

@@ -36,7 +36,10 @@ def main() -> int:
     run = Run(arguments.run)
     attempt = Attempt(run, arguments.attempt)
     verdict = _judge(run, attempt) | {"time": time.time()}
-    write_json(attempt.path / f"rank{os.environ.get('RANK', '0')}.json", verdict)
+    try:
+        write_json(attempt.path / f"rank{os.environ.get('RANK', '0')}.json", verdict)
+    except OSError as error:  # a full disk: the exit code and stderr must do
+        print(f"{verdict.get('error') or verdict['outcome']} (and {error})", file=sys.stderr)
     gc.freeze()  # else the interpreter's last collections walk all of torch: 0.6 s of the grace
     return {"finished": 0, "preempted": EXIT_CODE}.get(verdict["outcome"], 1)
 
@@ -55,7 +58,7 @@ def _judge(run: Run, attempt: Attempt) -> dict[str, Any]:
         handler.install()  # for good: a signal must not kill a rank that is about to say how it ended
         step = _train(run, attempt, handler)
     except Preempted as preempted:
-        return {"outcome": "preempted", "step": preempted.step}
+        return {"outcome": "preempted", "step": preempted.step, "error": preempted.error}
     except Fenced as fenced:
         return {"outcome": "fenced", "error": str(fenced)}
     except Exception as error:  # not swallowed: told in three places, and the exit code says so

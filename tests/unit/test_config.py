@@ -360,3 +360,12 @@ def test_a_shipped_config_loads_and_is_named_as_its_file(path: Path, monkeypatch
 def test_all_errors_are_of_one_family() -> None:
     assert issubclass(ConfigError, LatentWireError)
     assert issubclass(WorkloadError, LatentWireError)
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "twice.yaml"
+    path.write_text(
+        "name: x\nworkload: {target: script}\ntrain: {steps: 3}\ntrain: {micro_batch: 4}\n", encoding="utf-8"
+    )
+    with pytest.raises(ConfigError, match="'train' stands twice"):
+        load_config(path)

@@ -723,3 +723,13 @@ def test_steps_that_were_redone_stand_as_the_later_attempt_had_them(run: Run) ->
     assert (summary["attempts"], summary["steps"], summary["step_s_total"]) == (2, 4, 2.0)
     assert summary["best_evaluation"]["eval/loss"] == 3.0
     assert summarise_metrics(Run(run.path / "nothing")) == {"attempts": 0, "steps": 0}
+
+
+@pytest.mark.parametrize(
+    "line", ['{"step": null, "loss": 1}', '{"step": "x", "loss": []}', '{"event": "restored", "step": {}}']
+)
+def test_lines_of_another_type_do_not_upset_the_status(run: Run, line: str) -> None:
+    attempt = run.claim_attempt("1", "local")
+    for name in ("metrics.jsonl", "events.rank0.jsonl", "events.agent.jsonl"):
+        (attempt.path / name).write_text(line + "\n", encoding="utf-8")
+    assert run_status(run).step == 0

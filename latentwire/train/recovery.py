@@ -1,0 +1,78 @@
+"""Finding what an attempt goes on from: the newest checkpoint that is whole and belongs to the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from latentwire import __version__
+from latentwire.checkpoint import reader
+from latentwire.checkpoint.layout import step_name
+from latentwire.checkpoint.manager import CheckpointManager
+from latentwire.checkpoint.reader import Loaded
+from latentwire.config import Config, differences
+from latentwire.errors import CheckpointMismatch, NoUsableCheckpoint
+from latentwire.run.budget import committed_step
+from latentwire.run.directory import Attempt, Run
+from latentwire.train.ranks import Ranks
+
+
+def make_manager(
+    run: Run, attempt: Attempt, config: Config, frozen_digests: Mapping[str, str], event: Callable[..., Any]
+) -> CheckpointManager:
+    """The attempt's manager, as the config's ``checkpoint`` section says. Touches the disk only to make its folder."""
+    section = config.checkpoint
+    return CheckpointManager(
+        run.checkpoints,
+        token=attempt.number,
+        version=__version__,
+        identity={"config": config.digest(), "frozen": dict(frozen_digests)},
+        fence=attempt.assert_newest,
+        event=event,
+        keep=section.keep,
+        best_metric=section.best_metric,
+        best_mode=section.best_mode,
+        shard_bytes=section.shard_mb << 20,
+        threads=section.threads,
+    )
+
+
+def load_newest(manager: CheckpointManager, run: Run, attempt: Attempt, ranks: Ranks) -> Loaded | None:
+    """The checkpoint to go on from, the same on every rank; None for a run that never committed. Collective; blocks.
+
+    Raises:
+        NoUsableCheckpoint: there was one, and none can be used or all were removed.
+        CheckpointMismatch: it belongs to another config or to other frozen models.
+        CheckpointTooNew: it was written by a newer program.
+    """
+    loaded = None
+    if ranks.rank == 0:
+        loaded = manager.restore(run.deadly_checkpoints(), attempt.mark_restoring)
+        _refuse_to_begin_again(manager, run, loaded)
+    step = int(ranks.highest([-1.0 if loaded is None else float(loaded.manifest.step)])[0])
+    if loaded is None and step >= 0:
+        loaded = reader.load(run.checkpoints / step_name(step))
+    if loaded is not None:
+        _check_identity(manager, loaded)
+    return loaded
+
+
+def _refuse_to_begin_again(manager: CheckpointManager, run: Run, loaded: Loaded | None) -> None:
+    """Earlier attempts committed and nothing is left: somebody removed the checkpoints, perhaps not on purpose."""
+    committed = max((committed_step(attempt) for attempt in run.attempts()), default=0)
+    if loaded is None and committed:
+        raise NoUsableCheckpoint(
+            f"step {committed} was committed and {manager.folder} is empty: put the checkpoints back, or, to begin "
+            f"again at step 0, remove {run.path}"
+        )
+
+
+def _check_identity(manager: CheckpointManager, loaded: Loaded) -> None:
+    for key, ours in manager.identity.items():
+        theirs = loaded.manifest.identity.get(key)
+        if theirs != ours:
+            changed = "; ".join(differences(theirs, ours, f"{key}."))
+            raise CheckpointMismatch(
+                f"{manager.folder} was written with another {key}: {changed}. Bring back what the run was started "
+                "with, or start a run of another name"
+            )
