@@ -154,7 +154,7 @@ ITEMS = (
         "layers",
         "Rooms import downwards only, and one heavy dependency lives in one room",
         ("lint-imports",),
-        lambda code, output: (code == 0, next((w for w in output.splitlines() if w.startswith("Contracts")), "-")),
+        lambda code, output: (code == 0, next((w for w in output.splitlines() if w.startswith("Contracts:")), "-")),
     ),
     Item(
         "gpu-monitor",
