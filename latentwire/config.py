@@ -169,7 +169,7 @@ class SchedulerSection(Section):
     """Where jobs go."""
 
     kind: Literal["auto", "local", "slurm"] = "auto"
-    """``auto``: slurm where sbatch is found, else local."""
+    """``auto``: slurm where sbatch is found and knows of a cluster, else local."""
     partition: str | None = None
     account: str | None = None
     qos: str | None = None

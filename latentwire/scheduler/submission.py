@@ -20,6 +20,7 @@ from latentwire.run.directory import Run
 from latentwire.run.process import ProcessIdentity
 
 _YEAR_MIN = 60 * 24 * 365
+_PING_S = 30.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Job:
 
 
 def scheduler_kind(section: SchedulerSection) -> str:
-    """``local`` or ``slurm``; ``auto`` is decided by whether sbatch is there.
+    """``local`` or ``slurm``; ``auto`` is decided by whether sbatch is there and knows of a cluster.
 
     Raises:
         ConfigError: slurm was asked for and there is no sbatch.
@@ -46,7 +47,18 @@ def scheduler_kind(section: SchedulerSection) -> str:
     found = shutil.which("sbatch") is not None
     if section.kind == "slurm" and not found:
         raise ConfigError("scheduler.kind is slurm and there is no sbatch on PATH: log in to the cluster, or use local")
-    return section.kind if section.kind != "auto" else ("slurm" if found else "local")
+    if section.kind != "auto":
+        return section.kind
+    return "slurm" if found and _is_configured() else "local"
+
+
+def _is_configured() -> bool:
+    """False where Slurm's programs are installed and no cluster is: one that is down for a while is still a cluster."""
+    try:
+        done = subprocess.run(["scontrol", "ping"], capture_output=True, text=True, check=False, timeout=_PING_S)
+    except (OSError, subprocess.TimeoutExpired):
+        return True  # no scontrol here, or a controller that does not answer: what sbatch says of it counts
+    return "establish a configuration source" not in done.stderr
 
 
 def submit(run: Run) -> Job:
