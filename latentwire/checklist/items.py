@@ -91,12 +91,6 @@ def fast_enough(limit_s: float) -> Callable[[int, str], Judgement]:
     return judge
 
 
-def ends_well(code: int, output: str) -> Judgement:
-    """Exit code 0; the figure is the last line."""
-    lines = output.strip().splitlines()
-    return code == 0, lines[-1] if lines else f"exit {code}"
-
-
 def _pytest(*arguments: str) -> tuple[str, ...]:
     return (sys.executable, "-m", "pytest", "-q", "-s", *arguments)
 

@@ -17,6 +17,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from latentwire.config import Config
 from latentwire.errors import Fenced, LatentWireError
 from latentwire.preemption.handler import EXIT_CODE, Preempted, PreemptionHandler
 from latentwire.run.atomic import read_json, write_json
@@ -54,9 +55,10 @@ def die_with_the_agent(agent_pid: int) -> None:
 def _judge(run: Run, attempt: Attempt) -> dict[str, Any]:
     """Train; say how it ended. An error is printed whole here and goes on to the agent as a verdict."""
     try:
-        handler = PreemptionHandler(run.config().preemption.save_signal)
+        config = run.config()
+        handler = PreemptionHandler(config.preemption.save_signal)
         handler.install()  # for good: a signal must not kill a rank that is about to say how it ended
-        step = _train(run, attempt, handler)
+        step = _train(run, attempt, config, handler)
     except Preempted as preempted:
         return {"outcome": "preempted", "step": preempted.step, "error": preempted.error}
     except Fenced as fenced:
@@ -68,14 +70,13 @@ def _judge(run: Run, attempt: Attempt) -> dict[str, Any]:
     return {"outcome": "finished", "step": step}
 
 
-def _train(run: Run, attempt: Attempt, handler: PreemptionHandler) -> int:
+def _train(run: Run, attempt: Attempt, config: Config, handler: PreemptionHandler) -> int:
     from latentwire.elastic.planner import Placement
     from latentwire.target import load_target
     from latentwire.train.precision import make_repeatable
     from latentwire.train.ranks import Ranks
     from latentwire.train.session import Session
 
-    config = run.config()
     make_repeatable(config.train.cpu_threads, config.train.deterministic)
     ranks = Ranks.connect()
     session = Session.attach(run, attempt, config, handler, ranks)

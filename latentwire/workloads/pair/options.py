@@ -13,8 +13,6 @@ from latentwire.config import Fraction, Positive, Section
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
-ModelName = Literal["llama", "qwen"]
-
 
 class ModelOptions(Section):
     """Where one frozen model comes from."""
