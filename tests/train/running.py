@@ -16,6 +16,7 @@ import psutil
 import yaml
 
 from latentwire.config import load_config
+from latentwire.run.atomic import write_text
 from latentwire.run.directory import Attempt, Run, create_run
 from latentwire.run.journal import read_journal
 
@@ -25,6 +26,8 @@ BIN = Path(sys.executable).parent
 OFTEN_SAVED: dict[str, Any] = {"interval_s": None, "interval_steps": 3, "best_metric": None}
 SLOW_ENOUGH: dict[str, Any] = {"workload": {"options": {"pause_s": 0.05}}}
 """So that a cluster has time to disturb the run: 0.4 s a step."""
+NEVER = 10**9
+"""A visit that never comes."""
 TERM, KILL, INT = signal.SIGTERM, signal.SIGKILL, signal.SIGINT
 _AGENT = "import sys; from latentwire.scheduler.job import TrainingJob; print(TrainingJob(sys.argv[1])())"
 
@@ -115,14 +118,21 @@ def run_agent(run: Run, environ: Mapping[str, str] | None = None) -> str:
 
 
 @contextmanager
-def held(run: Run, where: str) -> Iterator[None]:
-    """The toy stands still at ``where`` once it comes there, until the block is left."""
-    path = run.path / f"hold-{where}"
-    path.touch()
+def held(run: Run, where: str, after: int = 0) -> Iterator[None]:
+    """The toy stands still at ``where`` from a rank's visit number ``after`` on, until the block is left.
+
+    Decide it before the attempt starts where you can: a toy that is not slowed down is quicker than any test.
+    """
+    hold(run, where, after)
     try:
         yield
     finally:
-        path.unlink()
+        (run.path / f"hold-{where}").unlink()
+
+
+def hold(run: Run, where: str, after: int) -> None:
+    """Let the toy go on, if it stands at ``where``, up to that visit."""
+    write_text(run.path / f"hold-{where}", str(after))
 
 
 def events(attempt: Attempt, name: str, writer: str = "rank0") -> list[dict[str, Any]]:

@@ -16,16 +16,17 @@ from running import (
     HERE,
     INT,
     KILL,
+    NEVER,
     TERM,
     AgentProcess,
     agent_of,
     events,
     held,
+    hold,
     make_run,
     trained_steps,
     wait_for,
     wait_for_event,
-    wait_for_steps,
 )
 
 from latentwire.checklist.drill import final_digests
@@ -60,43 +61,44 @@ def _give_notice(agent: AgentProcess, signum: signal.Signals = TERM) -> None:
 
 
 def _term_while(run: Run, where: str, *more: signal.Signals) -> Chapter:
-    with agent_of(run) as agent:
-        with held(run, where):
-            wait_for_event(agent.attempt, "holding")
-            _give_notice(agent)
-            for signum in more:
-                agent.send(signum)
+    with held(run, where), agent_of(run) as agent:
+        wait_for_event(agent.attempt, "holding")
+        _give_notice(agent)
+        for signum in more:
+            agent.send(signum)
+        hold(run, where, NEVER)
         return Chapter(agent.attempt, agent.outcome())
 
 
+IN_THE_SECOND_STEP = 12
+"""Visits of a lone rank: one in warm-up, eight in each step."""
+
+
 def _asked_then_interrupted(run: Run) -> Chapter:
-    with agent_of(run) as agent:
-        wait_for_steps(agent.attempt, 1)
-        with held(run, "step"):
-            wait_for_event(agent.attempt, "holding")
-            agent.send(signal.SIGUSR1)
-            wait_for_event(agent.attempt, "save_requested", "agent")
-        wait_for(lambda: [e for e in events(agent.attempt, "save_staged") if e["reason"] == "asked"], "the asked save")
-        with held(run, "step"):
-            wait_for_event(agent.attempt, "holding", number=2)
-            _give_notice(agent, INT)
+    with held(run, "step", IN_THE_SECOND_STEP), agent_of(run) as agent:
+        wait_for_event(agent.attempt, "holding")
+        agent.send(signal.SIGUSR1)
+        wait_for_event(agent.attempt, "save_requested", "agent")
+        hold(run, "step", IN_THE_SECOND_STEP + 16)
+        wait_for_event(agent.attempt, "holding", number=2)
+        _give_notice(agent, INT)
+        hold(run, "step", NEVER)
         return Chapter(agent.attempt, agent.outcome())
 
 
 def _term_to_the_whole_tree(run: Run) -> Chapter:
-    with agent_of(run) as agent:
-        wait_for_steps(agent.attempt, 1)
-        with held(run, "step"):
-            wait_for_event(agent.attempt, "holding")
-            tree = agent.tree()
-            for process in tree:
-                process.send_signal(TERM)
-            wait_for_event(agent.attempt, "notice", "agent")
+    with held(run, "step", IN_THE_SECOND_STEP), agent_of(run) as agent:
+        wait_for_event(agent.attempt, "holding")
+        tree = agent.tree()
+        for process in tree:
+            process.send_signal(TERM)
+        wait_for_event(agent.attempt, "notice", "agent")
+        hold(run, "step", NEVER)
         return Chapter(agent.attempt, agent.outcome(), tree)
 
 
 def _interrupted_twice(run: Run) -> Chapter:
-    with agent_of(run) as agent, held(run, "build"):
+    with held(run, "build"), agent_of(run) as agent:
         wait_for_event(agent.attempt, "holding")
         _give_notice(agent, INT)
         agent.send(INT)
@@ -104,14 +106,12 @@ def _interrupted_twice(run: Run) -> Chapter:
 
 
 def _killed(run: Run) -> Chapter:
-    with agent_of(run) as agent:
-        wait_for_steps(agent.attempt, 1)
-        with held(run, "step"):
-            wait_for_event(agent.attempt, "holding")
-            tree = agent.tree()
-            agent.send(KILL)
-            outcome = agent.outcome()
-            wait_for(lambda: not any(map(_lives, tree)), "the end of all that the agent started")
+    with held(run, "step", IN_THE_SECOND_STEP), agent_of(run) as agent:
+        wait_for_event(agent.attempt, "holding")
+        tree = agent.tree()
+        agent.send(KILL)
+        outcome = agent.outcome()
+        wait_for(lambda: not any(map(_lives, tree)), "the end of all that the agent started")
         return Chapter(agent.attempt, outcome, tree)
 
 

@@ -172,7 +172,7 @@ MOMENTS = (
 
 
 def test_an_orchestrator_killed_at_any_moment_is_resumed_and_no_job_runs_twice(folder: Path, calm: Run) -> None:
-    config = write_config(folder, "toy", workload={"options": {"pause_s": 0.02}})
+    config = write_config(folder, "toy", workload={"options": {"pause_s": 0.05}})
     run = toy_run(folder)
     watch = AgentWatch(run)
     watch.start()

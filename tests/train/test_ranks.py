@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import TERM, agent_of, events, held, make_run, run_agent, wait_for_event, wait_for_steps
+from running import NEVER, TERM, agent_of, events, held, hold, make_run, run_agent, wait_for_event
 
 from latentwire.checklist.drill import final_digests
 from latentwire.run.budget import verdict_of
@@ -52,12 +52,12 @@ def test_the_number_of_ranks_may_change_at_every_start(alone: dict[str, str], tm
 
 def _preempt_in_a_step(run: Run) -> None:
     """All ranks must stop at one step, though each stands somewhere else when the notice comes."""
-    with agent_of(run) as agent:
-        wait_for_steps(agent.attempt, 2)
-        with held(run, "step"):
-            wait_for_event(agent.attempt, "holding")
-            agent.send(TERM)
-            wait_for_event(agent.attempt, "notice", "agent")
+    in_the_third_step = 8  # or the fourth: of rank 1's visits, which has two or three in a step and one in warm-up
+    with held(run, "step", in_the_third_step), agent_of(run) as agent:
+        wait_for_event(agent.attempt, "holding", "rank1")
+        agent.send(TERM)
+        wait_for_event(agent.attempt, "notice", "agent")
+        hold(run, "step", NEVER)
         assert agent.outcome() == "preempted"
         attempt = agent.attempt
     records = _rank_records(attempt)

@@ -34,6 +34,9 @@ class Script:
 
     def __init__(self, folder: Path) -> None:
         (source,) = blocks("own-loop", "python")
+        last_line = "session.log(loss=loss)\n"
+        assert source.endswith(last_line)
+        source += " " * 8 + "__import__('time').sleep(0.01)\n"  # as it stands it is done before a signal can meet it
         folder.mkdir()
         self.folder = folder
         (folder / "my_loop.py").write_text(source, encoding="utf-8")

@@ -1,11 +1,13 @@
 """A tiny workload that behaves badly on demand.
 
-A file ``hold-<where>`` in the run's directory makes it stand still there until the file is gone; a ``holding`` event
-says that it does. ``troubles`` happen in a training step, each once in a run unless told otherwise.
+A file ``hold-<where>`` in the run's directory holds a number: from that visit on the toy stands still there, until the
+file is gone or names a later visit; a ``holding`` event says that it does. ``troubles`` happen in a training step, each
+once in a run unless told otherwise.
 """
 
 from __future__ import annotations
 
+import collections
 import os
 import random
 import signal
@@ -76,6 +78,7 @@ class Toy:
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.options = Options.model_validate(options)
+        self._visits: collections.Counter[str] = collections.Counter()
 
     def build(self, context: BuildContext) -> None:
         import torch
@@ -146,11 +149,18 @@ class Toy:
             self.model.running_mean.lerp_(inputs.mean(dim=0), 0.1)
 
     def _hold(self, where: str) -> None:
-        path = self.context.run_path / f"hold-{where}"
-        if path.exists():
+        visit = self._visits[where]
+        self._visits[where] += 1
+        if self._is_held(where, visit):
             self.context.event("holding", where=where)
-        while path.exists():
+        while self._is_held(where, visit):
             time.sleep(0.005)
+
+    def _is_held(self, where: str, visit: int) -> bool:
+        try:
+            return visit >= int((self.context.run_path / f"hold-{where}").read_text())
+        except FileNotFoundError:
+            return False
 
     def _trouble(self) -> float:
         """Misbehave if it is time to; returns what the loss is multiplied by."""
