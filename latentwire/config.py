@@ -22,6 +22,7 @@ import yaml
 from pydantic import Field
 
 from latentwire.errors import ConfigError
+from latentwire.sbatch import refuse_unknown
 from latentwire.target import options_model
 
 IDENTITY = ("seed", "workload", "train")
@@ -159,27 +160,69 @@ class RetrySection(Section):
 
 
 class ElasticSection(Section):
-    """Ranks and devices."""
+    """Ranks, and what to do when many GPUs are not to be had."""
 
-    num_ranks: Positive = 1
-    """Ranks of an attempt. The bits of the result do not depend on it."""
+    num_ranks: Positive | None = None
+    """Ranks of an attempt, over all its nodes; None: one for each GPU that the job was given, one on a CPU. The bits of
+    the result do not depend on it."""
+    patience_s: Annotated[float, Field(gt=0)] = 600.0
+    """A job that waits in the queue for longer is moved to the next rung of scheduler.gpus."""
 
 
 class SchedulerSection(Section):
-    """Where jobs go."""
+    """Where jobs go and what they ask for."""
 
     kind: Literal["auto", "local", "slurm"] = "auto"
     """``auto``: slurm where sbatch is found and knows of a cluster, else local."""
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
+    constraint: str | None = None
+    reservation: str | None = None
+    exclude: str | None = None
     time_min: Positive = 240
-    gpus: Annotated[int, Field(ge=0)] | None = None
-    """GPUs a job. None: all visible ones locally, one under Slurm."""
+    nodes: Positive = 1
+    gpus: Annotated[int, Field(ge=0)] | tuple[Positive, ...] | None = None
+    """GPUs of a job, over all its nodes; a list is a ladder: the first that can start soon is asked for. None: all
+    visible ones locally, one a node under Slurm."""
     cpus: Positive = 8
+    """On each node."""
     mem_gb: Positive | None = None
+    """On each node."""
+    requeue: bool = True
+    """Let a preempted job keep its id and its place; off, a new job is submitted each time."""
+    successors: Annotated[int, Field(ge=0)] = 0
+    """So many more jobs are submitted at once, each to start after the one before has ended: the run goes on where a
+    job cannot requeue itself and no orchestrator is alive."""
     extra: dict[str, str | int | bool] = {}
-    """Any other sbatch option, long name with underscores: ``{constraint: h100}``."""
+    """Any other option of sbatch, long name with underscores: ``{mail_type: FAIL}``."""
+
+    @pydantic.field_validator("extra")
+    @classmethod
+    def _options_exist(cls, extra: dict[str, str | int | bool]) -> dict[str, str | int | bool]:
+        refuse_unknown(extra)
+        return extra
+
+    @pydantic.field_validator("gpus")
+    @classmethod
+    def _ladder_leads_down(cls, gpus: int | tuple[int, ...] | None) -> int | tuple[int, ...] | None:
+        if isinstance(gpus, tuple) and (not gpus or list(gpus) != sorted(set(gpus), reverse=True)):
+            raise ValueError("a list is a ladder that leads down, such as [4, 2, 1]")
+        return gpus
+
+    @pydantic.model_validator(mode="after")
+    def _nodes_are_equal(self) -> SchedulerSection:
+        uneven = [rung for rung in self.ladder if rung % self.nodes]
+        if uneven:
+            raise ValueError(f"gpus: {uneven[0]} GPUs cannot be divided equally among nodes: {self.nodes}")
+        return self
+
+    @property
+    def ladder(self) -> tuple[int, ...]:
+        """GPUs of a job, from the most that are wanted to the fewest that will do."""
+        if self.gpus is None:
+            return (self.nodes,)
+        return self.gpus if isinstance(self.gpus, tuple) else (self.gpus,)
 
 
 class Config(Section):

@@ -43,7 +43,7 @@ def plan(config: Config, gpus: Sequence[str], halvings: int) -> Placement:
     Raises:
         ConfigError: more ranks than GPUs, or a micro-batch that cannot be halved again.
     """
-    ranks = config.elastic.num_ranks
+    ranks = config.elastic.num_ranks or max(1, min(len(gpus), MAX_REPLICAS))
     if ranks > MAX_REPLICAS:
         raise ConfigError(f"elastic.num_ranks is {ranks}; at most {MAX_REPLICAS} ranks give the same bits")
     if gpus and ranks > len(gpus):

@@ -111,7 +111,9 @@ def make_executor(run: Run) -> object:
     folder = run.path / "submitit" / "%j"
     if scheduler_kind(section) == "local":
         executor = submitit.LocalExecutor(folder=folder)
-        gpus = [gpu.index for gpu in list_gpus()][: section.gpus]  # those that CUDA_VISIBLE_DEVICES lets us see
+        gpus = [gpu.index for gpu in list_gpus()][
+            : section.ladder[0] if section.gpus is not None else None
+        ]  # those that CUDA_VISIBLE_DEVICES lets us see
         executor.update_parameters(timeout_min=_YEAR_MIN, gpus_per_node=len(gpus), visible_gpus=tuple(gpus))
         return executor
     executor = submitit.SlurmExecutor(folder=folder)
@@ -123,7 +125,7 @@ def make_executor(run: Run) -> object:
         nodes=1,
         ntasks_per_node=1,
         cpus_per_task=section.cpus,
-        gres=f"gpu:{1 if section.gpus is None else section.gpus}",
+        gres=f"gpu:{section.ladder[0] // section.nodes}",
         additional_parameters=additional | {k: v for k, v in options.items() if v is not None},
         **({"mem": f"{section.mem_gb}G"} if section.mem_gb else {}),
     )

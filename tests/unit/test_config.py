@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from latentwire.config import Config, differences, load_config, parse_config
 from latentwire.errors import ConfigError, LatentWireError, WorkloadError
+from latentwire.sbatch import EXTRA
 from latentwire.target import load_target, options_model
 
 REPOSITORY = Path(__file__).parents[2]
@@ -67,7 +68,7 @@ def test_a_base_is_found_beside_its_file(write: Write, monkeypatch: pytest.Monke
         ("train.grad_clip=1e-3", "train", "grad_clip", 1e-3),
         ("train.deterministic=false", "train", "deterministic", False),
         ("checkpoint.best_metric=a=b", "checkpoint", "best_metric", "a=b"),
-        ("scheduler.extra={constraint: h100}", "scheduler", "extra", {"constraint": "h100"}),
+        ("scheduler.extra={mail_type: FAIL}", "scheduler", "extra", {"mail_type": "FAIL"}),
         ("scheduler.partition=", "scheduler", "partition", None),
     ],
 )
@@ -124,11 +125,43 @@ def test_every_mistake_is_told_at_once(write: Write) -> None:
      "checkpoint.interval_s=0", "checkpoint.interval_s=.inf", "checkpoint.best_mode=best", "checkpoint.threads=0",
      "preemption.grace_s=-1", "preemption.grace_s=.inf", "preemption.save_signal=KILL", "monitor.interval_s=0",
      "retry.oom=-1", "retry.network_backoff_s=0", "elastic.num_ranks=0", "scheduler.kind=pbs", "scheduler.gpus=-1",
-     "scheduler.extra={a: [1]}", "train=5", "name=null", "workload=null", "workload.options=7"],
+     "scheduler.gpus=[1, 2]", "scheduler.gpus=[2, 2]", "scheduler.gpus=[]", "scheduler.nodes=0",
+     "elastic.patience_s=0", "scheduler.successors=-1", "scheduler.extra={nice: [1]}", "train=5", "name=null", "workload=null",
+     "workload.options=7"],
 )  # fmt: skip
 def test_impossible_values_are_refused_with_the_key(write: Write, override: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(override.partition("=")[0])):
         load_config(write(PLAIN), [override])
+
+
+@pytest.mark.parametrize(
+    ("extra", "answer"),
+    [
+        ("constrain: h100", "constrain is no option of sbatch; did you mean constraint"),
+        ("signal: TERM@9", "signal has a key of its own: preemption.grace_s"),
+        ("gres: gpu:2", "gres has a key of its own: scheduler.gpus"),
+        ("output: a.txt", "output is set by the submission"),
+        ("mail-type: FAIL", "did you mean mail_type"),
+        ("xyz: 1", "valid here: acctg_freq, batch"),
+    ],
+)
+def test_an_unknown_option_of_sbatch_is_refused_with_the_valid_ones(write: Write, extra: str, answer: str) -> None:
+    with pytest.raises(ConfigError, match=answer):
+        load_config(write(PLAIN), [f"scheduler.extra={{{extra}}}"])
+
+
+def test_gpus_that_cannot_be_divided_among_the_nodes_are_refused(write: Write) -> None:
+    with pytest.raises(ConfigError, match="1 GPUs cannot be divided equally among nodes: 2"):
+        load_config(write(PLAIN), ["scheduler.gpus=[4, 2, 1]", "scheduler.nodes=2"])
+
+
+@pytest.mark.parametrize(
+    ("gpus", "nodes", "ladder"),
+    [("null", 1, (1,)), ("null", 2, (2,)), ("3", 1, (3,)), ("[4, 2]", 2, (4, 2)), ("0", 1, (0,))],
+)
+def test_the_ladder(write: Write, gpus: str, nodes: int, ladder: tuple[int, ...]) -> None:
+    config = load_config(write(PLAIN), [f"scheduler.gpus={gpus}", f"scheduler.nodes={nodes}"])
+    assert config.scheduler.ladder == ladder
 
 
 def test_a_warm_up_longer_than_the_training_is_refused_with_both_figures() -> None:
@@ -289,8 +322,9 @@ OPERATIONAL = some(
     scheduler=some(
         kind=st.sampled_from(["auto", "local", "slurm"]),
         partition=st.none() | PRINTABLE,
-        gpus=st.none() | SMALL,
-        extra=st.dictionaries(PRINTABLE, PRINTABLE | st.booleans() | st.integers(), max_size=3),
+        gpus=st.none() | SMALL | st.just([4, 2, 1]),
+        requeue=st.booleans(),
+        extra=st.dictionaries(st.sampled_from(sorted(EXTRA)), PRINTABLE | st.booleans() | st.integers(), max_size=3),
     ),
 )
 RESULT = st.fixed_dictionaries(
