@@ -61,6 +61,11 @@ def own_job_id() -> str | None:
     return os.environ.get("SLURM_JOB_ID")
 
 
+def was_restarted() -> bool:
+    """Whether Slurm has started this job before: it was requeued."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
+
+
 def show_job(job_id: str, runner: Runner = run_inside_a_job) -> dict[str, str]:
     """The fields of ``scontrol show job``.
 
