@@ -78,6 +78,12 @@ class Watched:
         firsts = [index for index, job in enumerate(self.jobs) if job.after is None]
         return self.jobs[firsts[-1] :] if firsts else []
 
+    def is_unsure(self) -> bool:
+        """Whether a submission was begun, or failed, of which there is no job: the scheduler may know better."""
+        last = self.last_event()
+        begun = last.get("event") in ("submitting", "submission_failed")
+        return begun and int(last.get("number", 0)) > (self.jobs[-1].number if self.jobs else 0)
+
     def last_event(self) -> dict[str, Any]:
         """The orchestrator's own last word on the run."""
         return last_record(self.run.orchestrator_events) or {}
