@@ -26,7 +26,7 @@ from latentwire.scheduler.submission import Request, is_permanent, scheduler_kin
 from latentwire.scheduler.watched import Watched
 
 _FEW = 8
-_LOOK_S, _LOOK_AT_MANY_S = 0.5, 2.0
+_LOOK_S, _LOOK_AT_MANY_S = 0.5, 5.0
 _FOLD_S, _FOLD_MANY_S = 0.5, 10.0
 _ASK_S, _ASK_EAGERLY_S, _EAGER_FOR_S = 10.0, 1.0, 20.0
 _RENEW_S = 60.0
@@ -116,8 +116,10 @@ class Orchestrator:
         except SchedulerError as error:
             log.warning("the scheduler does not answer, waiting: %s", error)
             return
-        self._submit(self._advance_all(open_ones, queue))
-        self._tell_news()
+        due = self._advance_all(open_ones, queue)
+        if due:
+            self._submit(due)
+            self._tell_news()
 
     def _renew(self) -> None:
         if self._clock() < self._next_renewal:
@@ -187,10 +189,11 @@ class Orchestrator:
         run = watched.run
         since = watched.resumed_at() if any(queue.was_cancelled(job) for job in chain) else 0.0
         cancelled = [job for job in chain if queue.was_cancelled(job) and job.submitted > since]
-        if cancelled and not run.cancel_path.exists():
+        if cancelled and not watched.is_cancelled:
             write_json(run.cancel_path, {"time": self._clock(), "by": f"scancel of job {cancelled[0].job_id}"})
+            watched.is_cancelled = True
             watched.journal.event("job_cancelled", job_id=cancelled[0].job_id)
-        if not run.cancel_path.exists():
+        if not watched.is_cancelled:
             return
         for job in chain:
             state = queue.state_of(job)
@@ -201,7 +204,7 @@ class Orchestrator:
         """An orchestrator that was killed may have left a submission under way, whose job is not written down yet."""
         if not watched.is_unsure():
             return False
-        last = watched.last_event()
+        last = watched.last_event
         found = queue.ids_with(str(last.get("token", "")))
         if last.get("task") is not None:
             found = [job_id for job_id in found if job_id.endswith(f"_{last['task']}")]
@@ -222,7 +225,7 @@ class Orchestrator:
     def _due_at(self, watched: Watched) -> float | None:
         """When the next job of a run without one is due, unix seconds; None: never again."""
         run, attempt = watched.run, watched.attempts[-1] if watched.attempts else None
-        if run.cancel_path.exists():
+        if watched.is_cancelled:
             watched.done = True
             return None
         ended = attempt.ended() if attempt is not None else None
