@@ -75,15 +75,32 @@ def is_being_preempted(job_id: str, runner: Runner = run_inside_a_job) -> bool:
         return False
 
 
-def requeue(job_id: str, runner: Runner = run_inside_a_job) -> Requeue:
+def node_address(node: str, runner: Runner = run_inside_a_job) -> str | None:
+    """The address by which Slurm's daemons reach a node. None: it did not say."""
+    try:
+        found = re.search(r"\bNodeAddr=(\S+)", runner(["scontrol", "show", "node", "-o", node]))
+    except SchedulerError:
+        return None
+    return None if found is None else found[1]
+
+
+def requeue(job_id: str, restart: int, runner: Runner = run_inside_a_job) -> Requeue:
     """Put the running job back into the queue, once; judged by its count of restarts having grown.
 
-    Only while JobState is RUNNING: a job that is being cancelled must stay cancelled.
+    Only while JobState is RUNNING: a job that is being cancelled must stay cancelled. And only by the start that the
+    caller belongs to: on a node that was given up, a job that runs elsewhere by now would be thrown out there.
+
+    Args:
+        job_id: the job.
+        restart: its count of restarts when the caller was started.
+        runner: runs a command.
     """
     try:
         before = show_job(job_id, runner)
         if before.get("JobState") != "RUNNING":
             return Requeue(False, f"JobState is {before.get('JobState')}")
+        if int(before.get("Restarts", 0)) != restart:
+            return Requeue(False, f"it was started again elsewhere, {before.get('Restarts')} restarts so far")
         runner(["scontrol", "requeue", job_id])
         after = show_job(job_id, runner)
     except SchedulerError as error:

@@ -122,7 +122,7 @@ def make_executor(run: Run) -> object:
     executor.update_parameters(
         job_name=f"latentwire-{run.name}",
         time=section.time_min,
-        nodes=1,
+        nodes=section.nodes,
         ntasks_per_node=1,
         cpus_per_task=section.cpus,
         gres=f"gpu:{section.ladder[0] // section.nodes}",
