@@ -8,14 +8,17 @@
       events.orchestrator.jsonl    what was submitted, seen and decided
       cancel.json                  present: do not start it again
       jobs/0001.json  submitit/    what was submitted, and submitit's own files
+      jobs/ended-8841-0.json       of a job of several nodes: its leader has left
       cache/                       what attempts need not compute again
       attempts/0003/               claimed by an exclusive rename: the number is the fencing token
-        attempt.json               job id, host, pid
+        attempt.json               job id, how often Slurm had restarted it, node, pid
         events.agent.jsonl  events.rank0.jsonl  metrics.jsonl  gpu_stats.jsonl
         stdout.log  stderr.log  monitor.log  environment.json  placement.json
         deadline.json              after a notice: when the scheduler ends the job
         restoring.json             present while a checkpoint is being loaded
         rank0.json                 how the rank ended
+        rendezvous.json            on several nodes: where their ranks meet
+        *.node1.*                  what the second node's agent and monitor write
       checkpoints/step-00001200/   see latentwire.checkpoint
       metrics.json  gpu_stats.json roll-ups over all attempts
 """
@@ -100,11 +103,16 @@ class Run:
             return []
         return [Attempt(self, number) for number in sorted(map(int, names))]
 
-    def claim_attempt(self, job_id: str, scheduler: str) -> Attempt:
-        """Start a new attempt: its number is larger than any other's, and only ours. Called by the agent.
+    def claim_attempt(self, job_id: str, scheduler: str, restart: int = 0) -> Attempt:
+        """Start a new attempt: its number is larger than any other's, and only ours. Called by the leading agent.
 
         The folder appears by one rename, with attempt.json inside: it is never seen empty, and a rename onto a folder
         that is not empty fails, so that of two claims of a number one goes on to the next.
+
+        Args:
+            job_id: the scheduler's name for the job.
+            scheduler: ``local`` or ``slurm``.
+            restart: how often the scheduler had started this job again.
         """
         parent = self.path / "attempts"
         parent.mkdir(exist_ok=True)
@@ -112,8 +120,9 @@ class Run:
         aside.mkdir()
         number = self.newest_number() + 1
         while True:
-            identity = {"number": number, "job_id": job_id, "scheduler": scheduler, "claimed": time.time()}
-            write_json(aside / "attempt.json", identity | {"agent": dataclasses.asdict(ProcessIdentity.of())})
+            job = {"job_id": job_id, "scheduler": scheduler, "restart": restart}
+            mine = {"claimed": time.time(), "agent": dataclasses.asdict(ProcessIdentity.of())}
+            write_json(aside / "attempt.json", {"number": number} | job | mine)
             try:
                 os.rename(aside, parent / f"{number:04d}")
                 break
@@ -130,6 +139,23 @@ class Run:
         attempts = self.attempts()
         agent = attempts[-1].agent() if attempts else None
         return attempts[-1] if agent is not None and agent.is_alive() else None
+
+    def end_job(self, job_id: str, restart: int, outcome: str) -> None:
+        """Say to a job's other nodes that no attempt follows in this start of it. Called by the leader, last."""
+        path = self._job_end_path(job_id, restart)
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, {"time": time.time(), "outcome": outcome})
+
+    def job_end(self, job_id: str, restart: int) -> str | None:
+        """The outcome with which the leader left; None while it is there."""
+        path = self._job_end_path(job_id, restart)
+        if path not in path.parent.glob("ended-*"):  # a listing: a network file system then looks anew
+            return None
+        record = read_json(path)
+        return str(record["outcome"]) if isinstance(record, dict) else None
+
+    def _job_end_path(self, job_id: str, restart: int) -> Path:
+        return self.path / "jobs" / f"ended-{job_id}-{restart}.json"
 
     def deadly_checkpoints(self) -> set[str]:
         """Names of checkpoints that two attempts or more began to load and were not heard of again."""
@@ -155,12 +181,12 @@ class Attempt:
         return self.run.path / "attempts" / f"{self.number:04d}"
 
     def record(self) -> dict[str, Any]:
-        """attempt.json: job id, scheduler, agent; empty if it cannot be read."""
+        """attempt.json: job id, scheduler, restart, agent; empty if it cannot be read."""
         record = read_json(self.path / "attempt.json")
         return record if isinstance(record, dict) else {}
 
     def agent(self) -> ProcessIdentity | None:
-        """The process that runs the attempt."""
+        """The process that runs the attempt; of several nodes the leader's."""
         return ProcessIdentity.from_json(self.record().get("agent"))
 
     def is_newest(self) -> bool:
@@ -180,7 +206,7 @@ class Attempt:
             )
 
     def set_end(self, unix_s: float) -> None:
-        """Write down when the scheduler means to end the job. Called by the agent after a notice."""
+        """Write down when the scheduler means to end the job. Called by an agent after a notice; all write the same."""
         write_json(self.path / "deadline.json", {"unix_s": unix_s})
 
     def end_unix_s(self) -> float | None:

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
+from latentwire.run.budget import next_move
 from latentwire.run.directory import Attempt, Run
 from latentwire.run.journal import Journal
+from latentwire.run.process import node_name
 from latentwire.scheduler import slurm
 
 
 @dataclasses.dataclass(frozen=True)
 class LocalAllocation:
-    """A job of the local executor: nobody takes its machine away but a person."""
+    """A job of the local executor: one node, and nobody takes it away but a person."""
 
     job_id: str
     scheduler: str = "local"
+    restart: int = 0
+    node_rank: int = 0
+    num_nodes: int = 1
+    num_gpus: int | None = None
+
+    def address(self) -> str:
+        """Of this machine, for itself."""
+        return "127.0.0.1"
 
     def end_unix_s(self) -> float | None:
         """Not known."""
@@ -26,14 +38,43 @@ class LocalAllocation:
 
 @dataclasses.dataclass(frozen=True)
 class SlurmAllocation:
-    """A Slurm job."""
+    """A Slurm job, as the task on one of its nodes sees it."""
 
     job_id: str
+    restart: int = 0
+    node_rank: int = 0
+    num_nodes: int = 1
+    num_gpus: int | None = None
     scheduler: str = "slurm"
+
+    @classmethod
+    def of_this_task(cls, environ: Mapping[str, str]) -> SlurmAllocation:
+        """What Slurm has put into the environment of a task that srun started."""
+        job_id = slurm.own_job_id(environ)
+        assert job_id is not None
+        return cls(
+            job_id=job_id,
+            restart=slurm.restart_count(environ),
+            node_rank=int(environ.get("SLURM_NODEID", 0)),
+            num_nodes=int(environ.get("SLURM_STEP_NUM_NODES", 1)),
+            num_gpus=_num_gpus(environ),
+        )
+
+    def address(self) -> str:
+        """NodeAddr of this node, by which Slurm's own daemons reach it; else the host's name."""
+        return slurm.node_address(node_name()) or socket.gethostname()
 
     def end_unix_s(self) -> float | None:
         """EndTime as Slurm gives it now: during grace that is its end."""
         return slurm.end_time(self.job_id)
+
+
+def _num_gpus(environ: Mapping[str, str]) -> int | None:
+    """Slurm sets both with ``--gres=gpu:2``, and neither for a job without GPUs."""
+    if "SLURM_GPUS_ON_NODE" in environ:
+        return int(environ["SLURM_GPUS_ON_NODE"])
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    return len(visible.split(",")) if visible else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,32 +89,55 @@ class TrainingJob:
     scheduler: str = "local"
 
     def __call__(self) -> str:
-        """Run the agent until it is done with this allocation; returns the last attempt's outcome. Main thread.
+        """Run this node's agent until it is done with the allocation; returns the last attempt's outcome. Main thread.
 
-        A preempted Slurm job puts itself back into the queue and does not return: what submitit wrote after a return
-        would end the job for good.
+        A Slurm job that starts again, here or elsewhere, does not return: what submitit wrote after a return would end
+        it for good.
         """
         from latentwire.train.agent import Agent  # the one place where the scheduler's side meets the training side
+        from latentwire.train.follower import Follower
 
         run = Run(Path(self.run_path))
         if self.scheduler != "slurm":
             return Agent(run, LocalAllocation(str(os.getppid()))).main().outcome
-        job_id = slurm.own_job_id()
-        assert job_id is not None
-        if slurm.is_being_preempted(job_id):  # the notice came before anybody could hear it
-            outcome = "preempted"
-        else:
-            outcome = Agent(run, SlurmAllocation(job_id)).main().outcome
-        if outcome == "preempted":
-            _requeue(run, job_id)
+        allocation = SlurmAllocation.of_this_task(os.environ)
+        if allocation.node_rank == 0:
+            return _lead(run, allocation)
+        outcome = Follower(run, allocation).main()
+        if outcome in _STARTS_AGAIN:
+            os._exit(0)
         return outcome
 
 
-def _requeue(run: Run, job_id: str) -> None:
-    result = slurm.requeue(job_id)
-    attempts = [attempt for attempt in run.attempts() if attempt.record().get("job_id") == job_id]
-    if attempts:
-        _write_down(attempts[-1], result)
+_STARTS_AGAIN = ("preempted", "lost", "fenced")
+"""Outcomes after which the job, or a newer one, goes on with the run."""
+
+
+def _lead(run: Run, allocation: SlurmAllocation) -> str:
+    from latentwire.train.agent import Agent
+
+    attempt, outcome = None, "failed"
+    try:
+        if slurm.is_being_preempted(allocation.job_id):  # the notice came before anybody could hear it
+            outcome = "preempted"
+        else:
+            agent = Agent(run, allocation)
+            outcome = agent.main().outcome
+            attempt = agent.attempt
+    finally:
+        if allocation.num_nodes > 1:
+            run.end_job(allocation.job_id, allocation.restart, outcome)
+    if attempt is not None and not attempt.is_newest():
+        os._exit(0)  # the run goes on elsewhere, perhaps as this very job: its requeue and its result are not ours
+    if outcome == "preempted" or (outcome == "lost" and next_move(run, run.config().retry).again):
+        _requeue(allocation, attempt)
+    return outcome
+
+
+def _requeue(allocation: SlurmAllocation, attempt: Attempt | None) -> None:
+    result = slurm.requeue(allocation.job_id, allocation.restart)
+    if attempt is not None:
+        _write_down(attempt, result)
     if result.done:
         os._exit(0)
 

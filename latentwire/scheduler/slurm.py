@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import os
 import re
 import signal
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from latentwire.errors import SchedulerError
 
@@ -50,15 +49,18 @@ def run_inside_a_job(command: Sequence[str]) -> str:
     return done.stdout
 
 
-def own_job_id() -> str | None:
-    """The job that this process runs in, as Slurm's commands want it; None outside of any.
+def own_job_id(environ: Mapping[str, str]) -> str | None:
+    """The job that a process with this environment runs in, as Slurm's commands want it; None outside of any.
 
     The plain id of one task of an array is that of the whole array: to requeue it would start all its tasks again.
     """
-    array = os.environ.get("SLURM_ARRAY_JOB_ID")
-    if array is not None:
-        return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    return os.environ.get("SLURM_JOB_ID")
+    array = environ.get("SLURM_ARRAY_JOB_ID")
+    return environ.get("SLURM_JOB_ID") if array is None else f"{array}_{environ['SLURM_ARRAY_TASK_ID']}"
+
+
+def restart_count(environ: Mapping[str, str]) -> int:
+    """How often the job that a process with this environment runs in was started again."""
+    return int(environ.get("SLURM_RESTART_COUNT", 0))
 
 
 def show_job(job_id: str, runner: Runner = run_inside_a_job) -> dict[str, str]:
@@ -87,15 +89,32 @@ def is_being_preempted(job_id: str, runner: Runner = run_inside_a_job) -> bool:
         return False
 
 
-def requeue(job_id: str, runner: Runner = run_inside_a_job) -> Requeue:
+def node_address(node: str, runner: Runner = run_inside_a_job) -> str | None:
+    """The address by which Slurm's daemons reach a node. None: it did not say."""
+    try:
+        found = re.search(r"\bNodeAddr=(\S+)", runner(["scontrol", "show", "node", "-o", node]))
+    except SchedulerError:
+        return None
+    return None if found is None else found[1]
+
+
+def requeue(job_id: str, restart: int, runner: Runner = run_inside_a_job) -> Requeue:
     """Put the running job back into the queue, once; judged by its count of restarts having grown.
 
-    Only while JobState is RUNNING: a job that is being cancelled must stay cancelled.
+    Only while JobState is RUNNING: a job that is being cancelled must stay cancelled. And only by the start that the
+    caller belongs to: on a node that was given up, a job that runs elsewhere by now would be thrown out there.
+
+    Args:
+        job_id: the job.
+        restart: its count of restarts when the caller was started.
+        runner: runs a command.
     """
     try:
         before = show_job(job_id, runner)
         if before.get("JobState") != "RUNNING":
             return Requeue(False, f"JobState is {before.get('JobState')}")
+        if int(before.get("Restarts", 0)) != restart:
+            return Requeue(False, f"it was started again elsewhere, {before.get('Restarts')} restarts so far")
         runner(["scontrol", "requeue", job_id])
         after = show_job(job_id, runner)
     except SchedulerError as error:
