@@ -19,6 +19,10 @@ class LocalAllocation:
     job_id: str
     scheduler: str = "local"
 
+    def grace_s(self) -> float | None:
+        """Not known: it is for the person to say."""
+        return None
+
     def end_unix_s(self) -> float | None:
         """Not known."""
         return None
@@ -30,6 +34,10 @@ class SlurmAllocation:
 
     job_id: str
     scheduler: str = "slurm"
+
+    def grace_s(self) -> float | None:
+        """The partition's GraceTime."""
+        return slurm.grace_time(self.job_id)
 
     def end_unix_s(self) -> float | None:
         """EndTime as Slurm gives it now: during grace that is its end."""

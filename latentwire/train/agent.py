@@ -7,6 +7,7 @@ are plain processes that die with it. It writes ``events.agent.jsonl``; its last
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import platform
 import signal
@@ -24,6 +25,7 @@ from latentwire.elastic.planner import Placement, plan
 from latentwire.errors import ConfigError, RunBusy
 from latentwire.monitor.gpu import list_gpus
 from latentwire.monitor.rollup import summarise
+from latentwire.preemption.forecast import Grace, as_event, forecast, measured_before
 from latentwire.preemption.handler import EXIT_CODE, Notice, PreemptionHandler, blocked
 from latentwire.run.atomic import read_json, write_json
 from latentwire.run.budget import Verdict, next_move, num_halvings
@@ -49,6 +51,9 @@ class Allocation(Protocol):
     def scheduler(self) -> str:
         """``local`` or ``slurm``."""
 
+    def grace_s(self) -> float | None:
+        """Seconds that the scheduler gives at preemption; None: not known. Asked once, before the ranks start."""
+
     def end_unix_s(self) -> float | None:
         """When the job is to be ended, as far as the scheduler says. Asked once, after a notice; may take a second."""
 
@@ -66,6 +71,11 @@ class Agent:
         self.allocation = allocation
         self.config = run.config()
         self.handler = PreemptionHandler(self.config.preemption.save_signal)
+
+    @functools.cached_property
+    def grace(self) -> Grace:
+        """What there is between a notice and the kill. Asks the scheduler the first time."""
+        return Grace(self.config.preemption.grace_s, self.allocation.grace_s())
 
     def main(self) -> Verdict:
         """Install the handlers and run attempts until one of them is the last here. Blocks. Main thread.
@@ -145,6 +155,7 @@ class _Supervision:
         placement = plan(self.config, inventory.gpus, num_halvings(self.run))
         write_json(self.attempt.path / "placement.json", dataclasses.asdict(placement))
         self.journal.event("placed", devices=placement.devices, micro_batch=placement.micro_batch, why=placement.why)
+        self._forecast()
         with blocked():  # what arrives before a rank's handlers stand waits for them
             self._start_monitor()
             for rank in range(placement.world_size):
@@ -159,6 +170,15 @@ class _Supervision:
         changes = inventory.changes_since(known[-1]) if known else []
         if changes:
             self.journal.event("environment_changed", changes=changes, note="bits may differ from here on")
+
+    def _forecast(self) -> None:
+        """Hold what earlier attempts took against the grace; rank 0 does so with what it measures itself."""
+        grace = self.agent.grace
+        if grace.scheduler_s is not None:
+            self.attempt.set_grace(grace.scheduler_s)
+        measured = measured_before(self.run)
+        if measured is not None:
+            self.journal.event("forecast", **as_event(forecast(measured, grace, self.config.checkpoint), measured))
 
     def _start_monitor(self) -> None:
         options = ["--interval", str(self.config.monitor.interval_s), "--until-stdin-closes"]

@@ -1,0 +1,63 @@
+"""What a notice would bring, kept up to date while an attempt runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from latentwire.config import Config
+from latentwire.preemption.deadline import Pace
+from latentwire.preemption.forecast import Grace, Measured, as_event, forecast
+from latentwire.run.directory import Attempt
+
+
+class Outlook:
+    """Times the gaps between safe points and holds them, with steps and saves, against the grace.
+
+    Args:
+        attempt: knows what the scheduler gives.
+        config: the run's.
+        event: writes to the rank's journal.
+    """
+
+    def __init__(self, attempt: Attempt, config: Config, event: Callable[..., None]) -> None:
+        self._grace = Grace(config.preemption.grace_s, attempt.grace_s())
+        self._section = config.checkpoint
+        self._event = event
+        self._deaf_pace = Pace()
+        self._deaf_s = 0.0
+        self._heard_at = 0.0
+        self._num_saves = 0
+        self._told: str | None = None
+
+    def step_begins(self) -> None:
+        """From here on a notice waits for the next safe point."""
+        self._heard_at, self._deaf_s = time.monotonic(), 0.0
+
+    def safe_point(self) -> None:
+        """A notice is heard here."""
+        now = time.monotonic()
+        self._deaf_s = max(self._deaf_s, now - self._heard_at)
+        self._heard_at = now
+
+    def step_ended(self) -> float:
+        """The longest gap in the step, in seconds."""
+        self.safe_point()
+        self._deaf_pace.add(self._deaf_s)
+        return self._deaf_s
+
+    def update(self, steps: Pace, saves: Pace) -> None:
+        """Tell the first forecast of the attempt, and each that comes to another verdict.
+
+        Called at every boundary, on the rank that saves; looks only after a save.
+        """
+        if saves.num == self._num_saves:
+            return
+        self._num_saves = saves.num
+        measured = Measured.of(steps, self._deaf_pace, saves)
+        if measured is None:
+            return
+        verdict = forecast(measured, self._grace, self._section)
+        if verdict.fits != self._told:
+            self._told = verdict.fits
+            self._event("forecast", **as_event(verdict, measured))
