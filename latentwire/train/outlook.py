@@ -12,7 +12,9 @@ from latentwire.run.directory import Attempt
 
 
 class Outlook:
-    """Times the gaps between safe points and holds them, with steps and saves, against the grace.
+    """Holds this attempt's steps, the gaps between their safe points, and saves against the grace.
+
+    Its pace of steps is its own: warm-up's guess at the first step, good enough for a deadline, is no measured step.
 
     Args:
         attempt: knows what the scheduler gives.
@@ -24,7 +26,7 @@ class Outlook:
         self._grace = Grace(config.preemption.grace_s, attempt.grace_s())
         self._section = config.checkpoint
         self._event = event
-        self._deaf_pace = Pace()
+        self._steps, self._deaf = Pace(), Pace()
         self._deaf_s = 0.0
         self._heard_at = 0.0
         self._num_saves = 0
@@ -40,13 +42,14 @@ class Outlook:
         self._deaf_s = max(self._deaf_s, now - self._heard_at)
         self._heard_at = now
 
-    def step_ended(self) -> float:
-        """The longest gap in the step, in seconds."""
+    def step_ended(self, seconds: float) -> float:
+        """Take in how long the step took; the longest gap in it, in seconds."""
         self.safe_point()
-        self._deaf_pace.add(self._deaf_s)
+        self._steps.add(seconds)
+        self._deaf.add(self._deaf_s)
         return self._deaf_s
 
-    def update(self, steps: Pace, saves: Pace) -> None:
+    def update(self, saves: Pace) -> None:
         """Tell the first forecast of the attempt, and each that comes to another verdict.
 
         Called at every boundary, on the rank that saves; looks only after a save.
@@ -54,7 +57,7 @@ class Outlook:
         if saves.num == self._num_saves:
             return
         self._num_saves = saves.num
-        measured = Measured.of(steps, self._deaf_pace, saves)
+        measured = Measured.of(self._steps, self._deaf, saves)
         if measured is None:
             return
         verdict = forecast(measured, self._grace, self._section)

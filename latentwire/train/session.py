@@ -320,7 +320,7 @@ class Session:
         self._in_step = False
         self.step += 1
         self.step_pace.add(seconds)
-        self._clocks["deaf"] = self._outlook.step_ended()
+        self._clocks["deaf"] = self._outlook.step_ended(seconds)
         self.saving.remember_boundary()
         if self._metrics is not None:
             timings = {f"{name}_s": round(s, 6) for name, s in self._clocks.items()}
@@ -351,7 +351,7 @@ class Session:
         saving = self.saving
         saving.poll()
         if self.ranks.rank == 0:
-            self._outlook.update(self.step_pace, saving.pace)
+            self._outlook.update(saving.pace)
         reason = saving.reason(self.step, last, self._handler.take_save_request())
         flags = [float(self._handler.notice is not None), float(self._handler.leave_now), float(reason)]
         noticed, leave_now, agreed = self.ranks.highest(flags)

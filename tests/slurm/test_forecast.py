@@ -33,7 +33,7 @@ def _only_forecast(run: Run) -> dict[str, Any]:
 def test_the_graces_of_two_partitions(cluster: Cluster, tmp_path: Path) -> None:
     without, with_grace = (_run_in(partition, tmp_path) for partition in ("nograce", "preempt"))
     command = [sys.executable, "-m", "latentwire.orchestrate", "--resume", "--runs-dir", str(tmp_path)]
-    done = subprocess.run(command, env=cluster.environ, capture_output=True, text=True, timeout=PATIENCE_S)
+    done = subprocess.run(command, env=cluster.environ, capture_output=True, text=True, timeout=2 * PATIENCE_S)
     assert done.returncode == 0, done.stderr
     told = _only_forecast(without)
     assert (told["fits"], told["grace_s"]) == ("nothing", 0)
