@@ -83,7 +83,7 @@ def _row(state: RunStatus, now: float) -> tuple[str, ...]:
         figure(state.samples_per_s),
         duration(state.eta_s),
         ago(state.verified_at, now),
-        state.reason or state.phase or "",
+        state.reason or state.warning or state.phase or "",
     )
 
 
@@ -99,6 +99,8 @@ def _print_run(run: Run, state: RunStatus) -> None:
         "ETA": duration(state.eta_s),
         "committed": None if state.committed_step is None else f"step {state.committed_step}",
         "verified": ago(state.verified_at, now),
+        "notice": _notice(state),
+        "advice": state.advice,
         "preempted": "once" if state.num_preemptions == 1 else f"{state.num_preemptions} times",
         "orchestrator": _orchestrator(run),
         "weights": state.weights_sha256 and f"SHA-256 {state.weights_sha256}",
@@ -111,6 +113,12 @@ def _print_run(run: Run, state: RunStatus) -> None:
         running = attempts[-1] if state.state in _ALIVE else None
         rows = [_attempt_row(attempt, attempt == running, now) for attempt in attempts]
         print("\n" + "\n".join(columns([header, *rows])))
+
+
+def _notice(state: RunStatus) -> str | None:
+    if state.warning or state.notice_needs_s is None:
+        return state.warning
+    return f"needs {figure(state.notice_needs_s)} s of {figure(state.grace_s)} s grace"
 
 
 def _orchestrator(run: Run) -> str:

@@ -31,6 +31,10 @@ class LocalAllocation:
         """Of this machine, for itself."""
         return "127.0.0.1"
 
+    def grace_s(self) -> float | None:
+        """Not known: it is for the person to say."""
+        return None
+
     def end_unix_s(self) -> float | None:
         """Not known."""
         return None
@@ -63,6 +67,10 @@ class SlurmAllocation:
     def address(self) -> str:
         """NodeAddr of this node, by which Slurm's own daemons reach it; else the host's name."""
         return slurm.node_address(node_name()) or socket.gethostname()
+
+    def grace_s(self) -> float | None:
+        """The partition's GraceTime."""
+        return slurm.grace_time(self.job_id)
 
     def end_unix_s(self) -> float | None:
         """EndTime as Slurm gives it now: during grace that is its end."""

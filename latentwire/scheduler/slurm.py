@@ -69,7 +69,25 @@ def show_job(job_id: str, runner: Runner = run_inside_a_job) -> dict[str, str]:
     Raises:
         SchedulerError: Slurm did not answer or does not know the job.
     """
-    return dict(re.findall(r"(\S+?)=(\S*)", runner(["scontrol", "show", "job", "-o", job_id])))
+    return _fields(runner(["scontrol", "show", "job", "-o", job_id]))
+
+
+def grace_time(job_id: str, runner: Runner = run_inside_a_job) -> float | None:
+    """Seconds between notice and kill when the job is preempted: the GraceTime of its partition, which may be 0.
+
+    None: jobs of the partition are not ended by preemption, a QOS decides and has a grace of its own, or Slurm did not
+    say. The job's record is asked for the partition, because SLURM_JOB_PARTITION lists all that were wished for.
+    """
+    try:
+        if "preempt/partition_prio" not in runner(["scontrol", "show", "config"]):
+            return None
+        partition = show_job(job_id, runner).get("Partition", "")
+        fields = _fields(runner(["scontrol", "show", "partition", "--all", "-o", partition]))
+    except SchedulerError:
+        return None
+    is_ended = {"CANCEL", "REQUEUE"} & set(fields.get("PreemptMode", "").split(","))
+    seconds = fields.get("GraceTime", "")
+    return float(seconds) if is_ended and seconds.isdecimal() else None
 
 
 def end_time(job_id: str, runner: Runner = run_inside_a_job) -> float | None:
@@ -121,3 +139,7 @@ def requeue(job_id: str, restart: int, runner: Runner = run_inside_a_job) -> Req
         return Requeue(False, str(error))
     grown = int(after.get("Restarts", 0)) > int(before.get("Restarts", 0))
     return Requeue(grown, "requeued" if grown else "scontrol requeue had no effect")
+
+
+def _fields(line: str) -> dict[str, str]:
+    return dict(re.findall(r"(\S+?)=(\S*)", line))
