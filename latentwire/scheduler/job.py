@@ -6,7 +6,10 @@ import dataclasses
 import os
 import time
 from pathlib import Path
+from typing import Any
 
+from latentwire.preemption.handler import blocked
+from latentwire.run.atomic import write_json
 from latentwire.run.directory import Attempt, Run
 from latentwire.run.journal import Journal
 from latentwire.scheduler import slurm
@@ -32,7 +35,7 @@ class SlurmAllocation:
     scheduler: str = "slurm"
 
     def end_unix_s(self) -> float | None:
-        """EndTime as Slurm gives it now: during grace that is its end."""
+        """What Slurm says now: the end of the grace, or of KillWait where the job is being ended."""
         return slurm.end_time(self.job_id)
 
 
@@ -59,28 +62,37 @@ class TrainingJob:
         if self.scheduler != "slurm":
             return Agent(run, LocalAllocation(str(os.getppid()))).main().outcome
         job_id = os.environ["SLURM_JOB_ID"]
-        if slurm.is_being_preempted(job_id):  # the notice came before anybody could hear it
-            outcome = "preempted"
-        else:
-            outcome = Agent(run, SlurmAllocation(job_id)).main().outcome
+        known = run.newest_number()
+        with blocked():  # the agent's handlers unblock them, so that a notice is either found here or heard there
+            ending = slurm.is_ending(job_id)
+            outcome = "preempted" if ending else Agent(run, SlurmAllocation(job_id)).main().outcome
         if outcome == "preempted":
-            _requeue(run, job_id)
+            _give_back(run, job_id, run.attempts()[known:])
         return outcome
 
 
-def _requeue(run: Run, job_id: str) -> None:
+def _give_back(run: Run, job_id: str, attempts: list[Attempt]) -> None:
+    """Have the job started again, and end it here; where that cannot be, say so and return.
+
+    Args:
+        run: the run.
+        job_id: of this job.
+        attempts: those of this start of the job.
+    """
     result = slurm.requeue(job_id)
-    attempts = [attempt for attempt in run.attempts() if attempt.record().get("job_id") == job_id]
-    if attempts:
-        _write_down(attempts[-1], result)
+    end = attempts[-1].end_unix_s() if attempts else None
+    given_back_s = None if end is None else round(end - time.time(), 1)
+    _write_down(attempts, "requeue", done=result.done, reason=result.reason, given_back_s=given_back_s)
     if result.done:
         os._exit(0)
+    if slurm.was_cancelled(job_id) and not run.cancel_path.exists():  # Slurm forgets it in minutes, the run does not
+        write_json(run.cancel_path, {"time": time.time(), "by": f"scancel of job {job_id}"})
+        _write_down(attempts, "job_cancelled", job_id=job_id)
 
 
-def _write_down(attempt: Attempt, result: slurm.Requeue) -> None:
-    end = attempt.end_unix_s()
-    journal = Journal(attempt.path / "events.agent.jsonl")
-    given_back_s = None if end is None else round(end - time.time(), 1)
-    journal.event("requeue", done=result.done, reason=result.reason, given_back_s=given_back_s)
-    journal.sync()
-    journal.close()
+def _write_down(attempts: list[Attempt], event: str, **fields: Any) -> None:
+    if attempts:
+        journal = Journal(attempts[-1].path / "events.agent.jsonl")
+        journal.event(event, **fields)
+        journal.sync()
+        journal.close()

@@ -7,6 +7,7 @@ it in a new session: a local job must not hear the Ctrl-C that its orchestrator 
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,9 @@ from latentwire.run.process import ProcessIdentity
 
 _YEAR_MIN = 60 * 24 * 365
 _PING_S = 30.0
+_DEAF = """sh -c 'trap "" TERM INT USR1 USR2; exec "$0" "$@"'"""
+"""Starts a program to which these signals do nothing: one that came while Python starts (seconds, on a network file
+system) would end the job as failed. The job asks Slurm what it may have missed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +111,8 @@ def make_executor(run: Run) -> object:
 
     from latentwire.monitor.gpu import list_gpus
 
-    section = run.config().scheduler
+    config = run.config()
+    section = config.scheduler
     folder = run.path / "submitit" / "%j"
     if scheduler_kind(section) == "local":
         executor = submitit.LocalExecutor(folder=folder)
@@ -116,9 +121,11 @@ def make_executor(run: Run) -> object:
         ]  # those that CUDA_VISIBLE_DEVICES lets us see
         executor.update_parameters(timeout_min=_YEAR_MIN, gpus_per_node=len(gpus), visible_gpus=tuple(gpus))
         return executor
-    executor = submitit.SlurmExecutor(folder=folder)
+    executor = submitit.SlurmExecutor(folder=folder, python=f"{_DEAF} {shlex.quote(sys.executable)}")
     options = {"partition": section.partition, "account": section.account, "qos": section.qos}
-    additional = {"signal": "TERM@120", "requeue": True, "open-mode": "append", **section.extra}
+    signal = f"TERM@{max(1, round(config.preemption.grace_s))}"
+    again = "requeue" if section.requeue else "no-requeue"
+    additional = {"signal": signal, again: True, "open-mode": "append", **section.extra}
     executor.update_parameters(
         job_name=f"latentwire-{run.name}",
         time=section.time_min,
