@@ -8,7 +8,10 @@ import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from latentwire.preemption.handler import blocked
+from latentwire.run.atomic import write_json
 from latentwire.run.budget import next_move
 from latentwire.run.directory import Attempt, Run
 from latentwire.run.journal import Journal
@@ -73,7 +76,7 @@ class SlurmAllocation:
         return slurm.grace_time(self.job_id)
 
     def end_unix_s(self) -> float | None:
-        """EndTime as Slurm gives it now: during grace that is its end."""
+        """What Slurm says now: the end of the grace, or of KillWait where the job is being ended."""
         return slurm.end_time(self.job_id)
 
 
@@ -126,34 +129,41 @@ def _lead(run: Run, allocation: SlurmAllocation) -> str:
 
     attempt, outcome = None, "failed"
     try:
-        if slurm.is_being_preempted(allocation.job_id):  # the notice came before anybody could hear it
-            outcome = "preempted"
-        else:
-            agent = Agent(run, allocation)
-            outcome = agent.main().outcome
-            attempt = agent.attempt
+        with blocked():  # the agent's handlers unblock them, so that a notice is either found here or heard there
+            if slurm.is_ending(allocation.job_id):
+                outcome = "preempted"
+            else:
+                agent = Agent(run, allocation)
+                outcome = agent.main().outcome
+                attempt = agent.attempt
     finally:
         if allocation.num_nodes > 1:
             run.end_job(allocation.job_id, allocation.restart, outcome)
     if attempt is not None and not attempt.is_newest():
         os._exit(0)  # the run goes on elsewhere, perhaps as this very job: its requeue and its result are not ours
     if outcome == "preempted" or (outcome == "lost" and next_move(run, run.config().retry).again):
-        _requeue(allocation, attempt)
+        _give_back(run, allocation, attempt)
     return outcome
 
 
-def _requeue(allocation: SlurmAllocation, attempt: Attempt | None) -> None:
-    result = slurm.requeue(allocation.job_id, allocation.restart)
-    if attempt is not None:
-        _write_down(attempt, result)
+def _give_back(run: Run, allocation: SlurmAllocation, attempt: Attempt | None) -> None:
+    """Have the job started again, and end it here; where that cannot be, say so and return."""
+    job_id = allocation.job_id
+    result = slurm.requeue(job_id, allocation.restart)
+    end = attempt.end_unix_s() if attempt is not None else None
+    given_back_s = None if end is None else round(end - time.time(), 1)
+    _write_down(attempt, "requeue", done=result.done, reason=result.reason, given_back_s=given_back_s)
     if result.done:
         os._exit(0)
+    if not run.cancel_path.exists() and slurm.was_cancelled(job_id, allocation.restart):
+        # Slurm forgets it in minutes, the run does not
+        write_json(run.cancel_path, {"time": time.time(), "by": f"scancel of job {job_id}"})
+        _write_down(attempt, "job_cancelled", job_id=job_id)
 
 
-def _write_down(attempt: Attempt, result: slurm.Requeue) -> None:
-    end = attempt.end_unix_s()
-    journal = Journal(attempt.path / "events.agent.jsonl")
-    given_back_s = None if end is None else round(end - time.time(), 1)
-    journal.event("requeue", done=result.done, reason=result.reason, given_back_s=given_back_s)
-    journal.sync()
-    journal.close()
+def _write_down(attempt: Attempt | None, event: str, **fields: Any) -> None:
+    if attempt is not None:
+        journal = Journal(attempt.path / "events.agent.jsonl")
+        journal.event(event, **fields)
+        journal.sync()
+        journal.close()

@@ -7,11 +7,14 @@ import datetime
 import re
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 from latentwire.errors import SchedulerError
 
 _TIMEOUT_S = 20.0
+_EXIT_CODE_WITHIN_S = 5.0
+_POLL_S = 0.2
 _REQUEUE_SENDS = (signal.SIGTERM, signal.SIGCONT, signal.SIGUSR2)
 
 Runner = Callable[[Sequence[str]], str]
@@ -90,21 +93,31 @@ def grace_time(job_id: str, runner: Runner = run_inside_a_job) -> float | None:
     return float(seconds) if is_ended and seconds.isdecimal() else None
 
 
-def end_time(job_id: str, runner: Runner = run_inside_a_job) -> float | None:
-    """When Slurm means to end the job, in unix seconds: at preemption that is now + GraceTime. None: it did not say."""
+def end_time(job_id: str, runner: Runner = run_inside_a_job, clock: Callable[[], float] = time.time) -> float | None:
+    """When Slurm means to end the job, in unix seconds; None: it did not say.
+
+    Asked after a notice. At preemption that is now + GraceTime. A job that is being ended already (scancel, requeue,
+    time limit) has KillWait seconds from the notice on; its EndTime then is the past, or a guess at its next start.
+    """
     try:
-        text = show_job(job_id, runner).get("EndTime", "")
-        return datetime.datetime.fromisoformat(text).astimezone().timestamp()
+        job = show_job(job_id, runner)
+        if job.get("JobState") != "RUNNING":
+            return clock() + _kill_wait_s(runner)
+        return datetime.datetime.fromisoformat(job.get("EndTime", "")).astimezone().timestamp()
     except (SchedulerError, ValueError):
         return None
 
 
-def is_being_preempted(job_id: str, runner: Runner = run_inside_a_job) -> bool:
-    """Whether the job's grace has begun. False where Slurm does not answer: the periodic saves are the guarantee."""
+def is_ending(job_id: str, runner: Runner = run_inside_a_job) -> bool:
+    """Whether the job was given notice: its grace has begun, or it is being ended.
+
+    False where Slurm does not answer: the periodic saves are the guarantee.
+    """
     try:
-        return show_job(job_id, runner).get("PreemptTime", "None") not in ("None", "")
+        job = show_job(job_id, runner)
     except SchedulerError:
         return False
+    return job.get("JobState") == "COMPLETING" or job.get("PreemptTime", "None") not in ("None", "")
 
 
 def node_address(node: str, runner: Runner = run_inside_a_job) -> str | None:
@@ -120,7 +133,8 @@ def requeue(job_id: str, restart: int, runner: Runner = run_inside_a_job) -> Req
     """Put the running job back into the queue, once; judged by its count of restarts having grown.
 
     Only while JobState is RUNNING: a job that is being cancelled must stay cancelled. And only by the start that the
-    caller belongs to: on a node that was given up, a job that runs elsewhere by now would be thrown out there.
+    caller belongs to: a job that somebody else has requeued needs no more (a person, or Slurm at the end of grace), and
+    on a node that was given up, a job that runs elsewhere by now would be thrown out there.
 
     Args:
         job_id: the job.
@@ -129,16 +143,50 @@ def requeue(job_id: str, restart: int, runner: Runner = run_inside_a_job) -> Req
     """
     try:
         before = show_job(job_id, runner)
+        if _restarts(before) > restart:
+            return Requeue(True, "Slurm has done so already")
         if before.get("JobState") != "RUNNING":
             return Requeue(False, f"JobState is {before.get('JobState')}")
-        if int(before.get("Restarts", 0)) != restart:
-            return Requeue(False, f"it was started again elsewhere, {before.get('Restarts')} restarts so far")
         runner(["scontrol", "requeue", job_id])
         after = show_job(job_id, runner)
     except SchedulerError as error:
         return Requeue(False, str(error))
-    grown = int(after.get("Restarts", 0)) > int(before.get("Restarts", 0))
+    grown = _restarts(after) > _restarts(before)
     return Requeue(grown, "requeued" if grown else "scontrol requeue had no effect")
+
+
+def was_cancelled(job_id: str, restart: int, runner: Runner = run_inside_a_job) -> bool:
+    """Whether somebody cancelled the job (a plain scancel), beyond doubt. Asked by a job that was told to end.
+
+    While processes of it live, Slurm shows COMPLETING whatever the cause; its other fields tell (measured on 22.05).
+    A time limit, a dead node or a batch script that was killed leaves a Reason, a preemption a PreemptTime, a requeue
+    another count of restarts, and a batch script that came to its end by itself an ExitCode other than 0:15. That code
+    comes a moment after the signals: it is waited for, some seconds at most. No answer is no.
+    """
+    deadline = time.monotonic() + _EXIT_CODE_WITHIN_S
+    while True:
+        try:
+            job = show_job(job_id, runner)
+        except SchedulerError:
+            return False
+        untouched = job.get("Reason") == "None" and job.get("PreemptTime") == "None"
+        ended = job.get("JobState") in ("COMPLETING", "CANCELLED")
+        if not (ended and untouched and _restarts(job) == restart):
+            return False
+        if job.get("ExitCode") != "0:0" or time.monotonic() > deadline:
+            return job.get("ExitCode") == f"0:{int(signal.SIGTERM)}"
+        time.sleep(_POLL_S)
+
+
+def _restarts(job: dict[str, str]) -> int:
+    return int(job.get("Restarts", 0))
+
+
+def _kill_wait_s(runner: Runner) -> float:
+    found = re.search(r"^KillWait\s*=\s*(\d+)", runner(["scontrol", "show", "config"]), re.MULTILINE)
+    if found is None:
+        raise SchedulerError("scontrol show config has no KillWait")
+    return float(found.group(1))
 
 
 def _fields(line: str) -> dict[str, str]:

@@ -23,7 +23,7 @@ from latentwire.run.directory import Run
 from latentwire.run.process import ProcessIdentity
 from latentwire.scheduler.jobs import Job, list_jobs, read_job, write_job
 from latentwire.scheduler.ladder import best_rung
-from latentwire.scheduler.parameters import slurm_parameters
+from latentwire.scheduler.parameters import PYTHON, slurm_parameters
 
 _YEAR_MIN = 60 * 24 * 365
 _PING_S = 30.0
@@ -151,7 +151,7 @@ def _submit_to_slurm(request: Request, config: Config) -> None:
     parameters = slurm_parameters(config, request.token, gpus)
     if len(runs) > 1:
         parameters["job_name"] = "latentwire-fleet"
-    executor = submitit.SlurmExecutor(folder=parent / "submitit" / "%j")
+    executor = submitit.SlurmExecutor(folder=parent / "submitit" / "%j", python=PYTHON)
     executor.update_parameters(**parameters)
     with executor.batch():
         jobs = [executor.submit(TrainingJob(str(run.path), "slurm")) for run in runs]

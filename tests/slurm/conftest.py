@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from cluster import Cluster, missing_programs
-from running import SLOW_ENOUGH, make_run, run_agent
+from running import make_run, run_agent
 
 from latentwire.run.directory import Run
 
@@ -31,6 +31,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 @pytest.fixture(scope="session")
 def calm(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The toy run that nobody disturbed, on this machine without Slurm."""
-    run = make_run(tmp_path_factory.mktemp("calm"), **SLOW_ENOUGH)
+    run = make_run(tmp_path_factory.mktemp("calm"))
     assert run_agent(run) == "finished"
     return run

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from cluster import Cluster
 from orchestrated import Orchestrated, orchestrated, taken
-from running import make_run, run_agent, wait_for
+from running import NEVER, make_run, run_agent, wait_for
 
 from latentwire.checklist.drill import final_digests
 from latentwire.run.directory import Run
@@ -43,7 +43,7 @@ def num_ranks(run: Run) -> list[int]:
 
 def test_down_while_it_waits_and_up_again_at_the_next_start(cluster: Cluster, tmp_path: Path, calm_ranks: Run) -> None:
     sections = {"scheduler": {"gpus": [4, 2, 1]}, "elastic": {"patience_s": 3.0}, **SLOW_RANKS}
-    with orchestrated(cluster, tmp_path, "preempt", **sections) as program:
+    with orchestrated(cluster, tmp_path, "preempt", NEVER, **sections) as program:
         program.trained(2)
         with taken(cluster, "--gres=gpu:3"):
             with taken(cluster, "--exclusive"):
@@ -61,7 +61,7 @@ def test_the_first_request_is_the_most_that_can_start_soon(cluster: Cluster, tmp
     with taken(cluster, "--gres=gpu:2") as job:
         wait_for(lambda: cluster.run("squeue", "-h", "-j", job, "-o", "%T").strip() == "RUNNING", "two GPUs taken")
         sections = {"scheduler": {"gpus": [4, 2, 1]}, "elastic": {"patience_s": 60.0}, **SLOW_RANKS}
-        with orchestrated(cluster, tmp_path, "preempt", **sections) as program:
+        with orchestrated(cluster, tmp_path, "preempt", NEVER, **sections) as program:
             assert program.finish() == 0, program.said()
             assert num_ranks(program.run) == [2]
             assert rungs(program) == []
