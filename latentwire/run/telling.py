@@ -23,6 +23,7 @@ _WORDS: dict[str, Callable[[Event], str]] = {
     "resumed": lambda e: f"resumed by hand after attempt {e.get('after_attempt')}",
     "attempt_started": lambda e: f"attempt started (job {e.get('job_id', '-')})",
     "placed": lambda e: f"placed on {', '.join(e.get('devices', []))}: {e.get('why')}",
+    "node_started": lambda e: f"node {e.get('node')} ({e.get('host')}) takes part",
     "environment_changed": lambda e: f"WARNING environment changed, {e.get('note')}: {'; '.join(e.get('changes', []))}",
     "workload_built": lambda e: f"workload built in {_seconds(e)}",
     "restored": lambda e: f"resumed at step {e.get('step')} in {_seconds(e)}" if e.get("step") else "starts at step 0",

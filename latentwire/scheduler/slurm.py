@@ -87,8 +87,8 @@ def node_address(node: str, runner: Runner = run_inside_a_job) -> str | None:
 def requeue(job_id: str, restart: int, runner: Runner = run_inside_a_job) -> Requeue:
     """Put the running job back into the queue, once; judged by its count of restarts having grown.
 
-    Only while JobState is RUNNING: a job that is being cancelled must stay cancelled. And only by the start that the
-    caller belongs to: on a node that was given up, a job that runs elsewhere by now would be thrown out there.
+    Only while JobState is RUNNING: a job that is being cancelled must stay cancelled. And only in the start of the job
+    that the caller belongs to: asked for from a node that was given up, it would hit the job where it runs by now.
 
     Args:
         job_id: the job.
@@ -97,10 +97,10 @@ def requeue(job_id: str, restart: int, runner: Runner = run_inside_a_job) -> Req
     """
     try:
         before = show_job(job_id, runner)
+        if int(before.get("Restarts", 0)) > restart:
+            return Requeue(True, "Slurm has done so already")
         if before.get("JobState") != "RUNNING":
             return Requeue(False, f"JobState is {before.get('JobState')}")
-        if int(before.get("Restarts", 0)) != restart:
-            return Requeue(False, f"it was started again elsewhere, {before.get('Restarts')} restarts so far")
         runner(["scontrol", "requeue", job_id])
         after = show_job(job_id, runner)
     except SchedulerError as error:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 from cluster import Cluster
 from running import OFTEN_SAVED, PATIENCE_S, SLOW_ENOUGH, events, make_run, trained_steps, wait_for, wait_for_steps
@@ -106,7 +107,7 @@ def test_preemption_without_grace(cluster: Cluster, tmp_path: Path, calm: Run) -
         agent = attempt.agent()
         assert agent is not None
         with everything_taken(cluster):
-            wait_for(lambda: not agent.is_alive(), "the attempt's end")
+            wait_for(lambda: not psutil.pid_exists(agent.pid), "the attempt's end")
         assert program.finish() == 0
         second = program.run.attempts()[-1]
         assert events(second, "restored")[0]["step"] == committed_step(attempt) > 0
