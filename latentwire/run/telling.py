@@ -33,6 +33,7 @@ _WORDS: dict[str, Callable[[Event], str | None]] = {
     "resumed": lambda e: f"resumed by hand after attempt {e.get('after_attempt')}",
     "attempt_started": lambda e: f"attempt started (job {e.get('job_id', '-')})",
     "placed": lambda e: f"placed on {', '.join(e.get('devices', []))}: {e.get('why')}",
+    "node_started": lambda e: f"node {e.get('node')} ({e.get('host')}) takes part",
     "environment_changed": lambda e: f"WARNING environment changed, {e.get('note')}: {'; '.join(e.get('changes', []))}",
     "forecast": lambda e: (
         f"WARNING {e['warning']}. To change it: {e.get('advice')}"

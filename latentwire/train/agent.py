@@ -36,6 +36,7 @@ _OTHERS_END_WITHIN_S = 30.0
 _FOLLOWERS_COME_WITHIN_S = 300.0
 _WORDS_COME_WITHIN_S = 10.0
 """How late a shared file system may show what another node wrote."""
+_SUPERSEDED = Verdict("fenced", error="a newer attempt of this run exists")
 
 
 class Agent:
@@ -124,6 +125,8 @@ class _Supervision:
             verdict = Verdict("failed", "user" if isinstance(error, ConfigError) else "other", error=str(error))
         finally:
             self.processes.end()
+        if verdict.outcome != "finished" and not self.attempt.is_newest():  # what happened here calls for nothing more
+            verdict = _SUPERSEDED
         if self.run.cancel_path.exists() and verdict.outcome in ("preempted", "failed", "lost"):
             verdict = dataclasses.replace(verdict, outcome="cancelled")
         self._roll_up()
@@ -172,7 +175,7 @@ class _Supervision:
             if time.monotonic() > self._next_fence:
                 self._next_fence = time.monotonic() + _FENCE_EVERY_S
                 if not self.attempt.is_newest():
-                    return Verdict("fenced", error="a newer attempt of this run exists")
+                    return _SUPERSEDED
                 if time.monotonic() > self._all_come_by and (missing := self._nodes_that_never_came()):
                     return Verdict("lost", error=f"{missing} did not come within {_FOLLOWERS_COME_WITHIN_S:g} s")
             self.processes.pass_signals_on()

@@ -98,7 +98,7 @@ class Cluster:
         self.start_controller()
         for node in NODES:
             self.start_node(node)
-        self.wait_until(lambda: self.run("sinfo", "-h", "-p", "preempt", "-o", "%T %D").split() == ["idle", "2"])
+        self.wait_until_idle()
 
     def down(self) -> None:
         """End everything, whatever state it is in, and leave the folder."""
@@ -116,6 +116,10 @@ class Cluster:
         """Start a node's daemon."""
         (self.folder / f"spool-{node}").mkdir(exist_ok=True)
         self.run("slurmd", "-N", node, "-b")
+
+    def wait_until_idle(self) -> None:
+        """Wait until both nodes are up and nothing runs on them."""
+        self.wait_until(lambda: self.run("sinfo", "-h", "-p", "preempt", "-o", "%T %D").split() == ["idle", "2"])
 
     def end(self, name: str, signum: signal.Signals) -> None:
         """Send a daemon a signal by its pid file, and wait until it is gone."""

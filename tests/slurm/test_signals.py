@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import psutil
 import pytest
 from cluster import Cluster
 from orchestrated import assert_lost_nothing, everything_taken, job_ids, orchestrated
@@ -42,7 +43,7 @@ def test_preemption_without_grace(cluster: Cluster, tmp_path: Path, calm: Run) -
         agent = attempt.agent()
         assert agent is not None
         with everything_taken(cluster):
-            wait_for(lambda: not agent.is_alive(), "the attempt's end")
+            wait_for(lambda: not psutil.pid_exists(agent.pid), "the attempt's end")
         program.go_on()
         assert program.finish() == 0
         second = program.run.attempts()[-1]

@@ -383,6 +383,14 @@ def test_nobody_can_tell_of_another_host() -> None:
     assert ELSEWHERE.send(signal.SIGKILL) is False
 
 
+def test_a_process_is_known_by_the_name_that_slurm_gives_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
+    me = ProcessIdentity.of()
+    assert (me.host, me.is_alive()) == ("n1", True)
+    monkeypatch.setenv("SLURMD_NODENAME", "n0")
+    assert me.is_alive() is None
+
+
 @pytest.mark.parametrize("value", [None, 7, [], {}, {"host": "a", "pid": "x", "started": 1}, {"host": "a", "pid": 1}])
 def test_what_is_no_identity_is_none(value: Any) -> None:
     assert ProcessIdentity.from_json(value) is None
