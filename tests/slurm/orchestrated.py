@@ -47,9 +47,13 @@ class Orchestrated:
         wait_for_event(attempt, "holding")
         return attempt
 
+    def stand(self, visit: int) -> None:
+        """Let the attempts from the next on stand there."""
+        hold(self.run, "step", visit)
+
     def go_on(self) -> None:
         """Stand still no more."""
-        hold(self.run, "step", NEVER)
+        self.stand(NEVER)
 
     def go_on_after_notice(self, attempt: Attempt) -> None:
         """Stand still until the attempt was given notice."""
