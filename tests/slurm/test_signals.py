@@ -67,6 +67,9 @@ def test_a_requeue_by_hand_is_no_cancel_and_happens_once(cluster: Cluster, tmp_p
         job = program.job_id()
         cluster.run("scontrol", "requeue", job)
         program.go_on_after_notice(attempt)
+        requeue = wait_for_event(attempt, "requeue", "agent")
+        assert requeue["done"]
+        assert 0 < requeue["given_back_s"] <= 10  # KillWait
         assert program.finish() == 0
         assert_lost_nothing(program.run, calm)
         assert job_ids(program.run) == [job, job]
