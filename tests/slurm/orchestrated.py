@@ -93,6 +93,10 @@ class Orchestrated(Orchestrator):
         wait_for_steps(attempt, steps)
         return attempt
 
+    def stand(self, visit: int) -> None:
+        """Let the attempts from the next on stand there."""
+        hold(self.run, "step", visit)
+
     def go_on(self) -> None:
         """Stand still no more."""
         self.stand(NEVER)

@@ -10,6 +10,7 @@ import pytest
 from cluster import Cluster
 from orchestrated import assert_lost_nothing, everything_taken, job_ids, orchestrated
 from running import HERE, events, trained_steps, wait_for, wait_for_event
+from time_limit import stderr_of_jobs
 
 from latentwire.checklist.drill import final_digests
 from latentwire.run.atomic import read_json
@@ -67,6 +68,9 @@ def test_a_requeue_by_hand_is_no_cancel_and_happens_once(cluster: Cluster, tmp_p
         job = program.job_id()
         cluster.run("scontrol", "requeue", job)
         program.go_on_after_notice(attempt)
+        requeue = wait_for_event(attempt, "requeue", "agent")
+        assert requeue["done"]
+        assert 0 < requeue["given_back_s"] <= 10  # KillWait
         assert program.finish() == 0
         assert_lost_nothing(program.run, calm)
         assert job_ids(program.run) == [job, job]
@@ -137,7 +141,7 @@ def test_a_signal_before_python_listens_ends_no_job(cluster: Cluster, tmp_path: 
     with orchestrated(cluster, tmp_path, "preempt", environ=slow_python(tmp_path)) as program:
         wait_for((tmp_path / "holding").exists, "Python in the job")
         cluster.run("scancel", "-s", "TERM", program.job_id())
-        wait_for(lambda: "CANCELLED AT" in stderr_of_the_job(program.run), "the signal")
+        wait_for(lambda: "CANCELLED AT" in stderr_of_jobs(program.run), "the signal")
         (tmp_path / "hold").unlink()
         program.go_on()
         assert program.finish() == 0
@@ -149,7 +153,7 @@ def test_a_preemption_before_python_listens_is_found_out(cluster: Cluster, tmp_p
     with orchestrated(cluster, tmp_path, "preempt", environ=slow_python(tmp_path)) as program:
         wait_for((tmp_path / "holding").exists, "Python in the job")
         with everything_taken(cluster):
-            wait_for(lambda: "CANCELLED AT" in stderr_of_the_job(program.run), "the notice")
+            wait_for(lambda: "CANCELLED AT" in stderr_of_jobs(program.run), "the notice")
             (tmp_path / "hold").unlink()
             cluster.wait_until(lambda: program.field(program.job_id(), "Restarts") == "1")
         assert program.run.attempts() == []
@@ -164,11 +168,6 @@ def slow_python(folder: Path) -> dict[str, str]:
     (folder / "hold").touch()
     paths = [str(SLOW_PYTHON), os.environ.get("PYTHONPATH", "")]
     return {"SLOW_PYTHON": str(folder), "PYTHONPATH": os.pathsep.join(paths)}
-
-
-def stderr_of_the_job(run: Run) -> str:
-    """What submitit's log of the newest job has; Slurm writes there too."""
-    return "".join(path.read_text() for path in (run.path / "submitit").glob("*/*_log.err"))
 
 
 def folder_of_programs(folder: Path, without: str) -> str:
