@@ -145,7 +145,6 @@ class Slurm:
         SchedulerError: a partition does not exist, or Slurm does not answer.
     """
 
-    side_by_side = True
     poll_s = 0.05
     patience_s = 3600.0
 
@@ -158,7 +157,8 @@ class Slurm:
         self._grace_s = int(_partition(section.partition).get("GraceTime", 0))
         if preempting_partition is not None:
             _refuse_unless_it_preempts(preempting_partition, section.partition)
-        # The job that preempts takes a whole node, which must hit nobody else: others' jobs are kept off this one.
+        # The job that preempts takes a whole node: neither the undisturbed run nor another user's job may be on it.
+        self.side_by_side = preempting_partition is None
         self.overrides: tuple[str, ...] = ("scheduler.extra.exclusive=user",) if preempting_partition else ()
         self._ask_again = 0.0
 
@@ -180,8 +180,8 @@ class Slurm:
         num_requeues = sum(each.deed != "KILL" for each in disturbances)
         minutes = math.ceil((num_requeues * wait_s + len(disturbances) * 2 * _START_S) / 60)
         return (
-            f"{len(disturbances)} disturbances in partition {self._section.partition}: about {minutes} minutes where "
-            f"there is room ({num_requeues} requeues, each held back for cred_expire, {wait_s:g} s)"
+            f"{len(disturbances)} disturbances in partition {self._section.partition}: an undisturbed run and about "
+            f"{minutes} minutes where there is room ({num_requeues} requeues, each held back {wait_s:g} s: cred_expire)"
         )
 
     def disturbing(self, deed: Deed, attempt: Attempt) -> AbstractContextManager[None]:

@@ -98,8 +98,6 @@ def drill(
         tell("disturbed run ...")
         rows = []
         for disturbance in disturbances:
-            if disturbance.deed == "preemption":
-                calm.wait_until_done()  # it may be on the node that is about to be taken
             rows.append(program.disturb(disturbance))
             tell(f"  {rows[-1].name}: {'ok' if rows[-1].passed else 'FAILED'}")
         program.wait_until_done()
@@ -264,7 +262,10 @@ class _Program:
     def _why_it_ended(self, waiting_for: str) -> str:
         if run_status(self.run).state == "DONE":
             steps = self._config()["train"]["steps"]
-            return f"the run was done before {waiting_for}: give it more steps, such as train.steps={2 * steps}"
+            return (
+                f"the run was done before all disturbances were, while waiting for {waiting_for}: "
+                f"give it more steps, such as train.steps={2 * steps}"
+            )
         return f"the disturbed run ended while waiting for {waiting_for}:\n{self._last_lines()}"
 
     def _last_lines(self) -> str:

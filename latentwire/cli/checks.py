@@ -41,7 +41,7 @@ def drill(
             "--preempting-partition",
             metavar="Q",
             help="Make a real preemption too: a short job of partition Q, which preempts P, takes the run's node. The "
-            "run keeps other users' jobs off that node.",
+            "run keeps other users' jobs off that node; other jobs of yours there are preempted as well.",
         ),
     ] = None,
     everything: Annotated[
