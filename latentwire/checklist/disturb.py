@@ -18,9 +18,10 @@ from typing import Literal, Protocol
 from latentwire.config import SchedulerSection
 from latentwire.errors import ConfigError, LatentWireError, SchedulerError
 from latentwire.run.directory import Attempt, Run
+from latentwire.scheduler.jobs import list_jobs
 from latentwire.scheduler.queue import run_command
 from latentwire.scheduler.slurm import show_job, signal_target
-from latentwire.scheduler.submission import list_jobs, scheduler_kind
+from latentwire.scheduler.submission import scheduler_kind
 
 Deed = Literal["TERM", "KILL", "requeue", "preemption"]
 

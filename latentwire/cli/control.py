@@ -115,7 +115,7 @@ def _why_not(run: Run) -> str:
 
 def _slurm_job(run: Run) -> str | None:
     """The newest Slurm job: of the newest attempt, or one that was submitted and has not started yet."""
-    from latentwire.scheduler.submission import list_jobs
+    from latentwire.scheduler.jobs import list_jobs
 
     jobs = list_jobs(run)
     if jobs:

@@ -268,7 +268,7 @@ def refuse_another_identity(run: Run, config: Config) -> bool:
     Raises:
         RunConflict: it exists and belongs to a config that gives another result; the message shows the difference.
     """
-    from latentwire.config import differences
+    from latentwire.tree import differences
 
     if not (run.path / "config.yaml").exists():
         return False

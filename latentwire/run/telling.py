@@ -7,8 +7,18 @@ from typing import Any
 
 Event = Mapping[str, Any]
 
-_WORDS: dict[str, Callable[[Event], str]] = {
-    "submitted": lambda e: f"submitted as job {e.get('job_id')} ({e.get('scheduler')})",
+_WORDS: dict[str, Callable[[Event], str | None]] = {
+    "submitted": lambda e: (
+        f"found as job {e.get('job_id')}: its submission was cut short"
+        if e.get("found")
+        else f"submitted as job {e.get('job_id')} ({e.get('scheduler')})"
+    ),
+    "submission_failed": lambda e: f"could not be submitted, again in {e.get('again_in_s')} s: {e.get('error')}",
+    "rung": lambda e: (
+        f"job {e.get('job_id')} asks for {e.get('gpus')} GPUs instead of {e.get('before')}: {e.get('why')}"
+        if e.get("gpus") != e.get("before")
+        else None
+    ),
     "job_died": lambda e: f"job {e.get('job_id')} died before it started: {e.get('reason')}",
     "job_cancelled": lambda e: f"job {e.get('job_id')} was cancelled by hand: not submitted again",
     "requeue": lambda e: (

@@ -58,7 +58,8 @@ class TrainingJob:
         run = Run(Path(self.run_path))
         if self.scheduler != "slurm":
             return Agent(run, LocalAllocation(str(os.getppid()))).main().outcome
-        job_id = os.environ["SLURM_JOB_ID"]
+        job_id = slurm.own_job_id()
+        assert job_id is not None
         if slurm.is_being_preempted(job_id):  # the notice came before anybody could hear it
             outcome = "preempted"
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import os
 import re
 import signal
 import subprocess
@@ -55,6 +56,17 @@ def signal_target(job_id: str, signum: signal.Signals) -> str:
     A SIGKILL to the job is a plain scancel, after which nobody starts the run again; one to its step is a crash.
     """
     return f"{job_id}.0" if signum == signal.SIGKILL else job_id
+
+
+def own_job_id() -> str | None:
+    """The job that this process runs in, as Slurm's commands want it; None outside of any.
+
+    The plain id of one task of an array is that of the whole array: to requeue it would start all its tasks again.
+    """
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    if array is not None:
+        return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ.get("SLURM_JOB_ID")
 
 
 def show_job(job_id: str, runner: Runner = run_inside_a_job) -> dict[str, str]:

@@ -2,81 +2,19 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from cluster import Cluster
-from running import OFTEN_SAVED, PATIENCE_S, SLOW_ENOUGH, events, make_run, trained_steps, wait_for, wait_for_steps
+from orchestrated import Orchestrated, everything_taken, orchestrated
+from running import events, trained_steps, wait_for
 
 from latentwire.checklist.drill import final_digests
 from latentwire.run.budget import committed_step, verdict_of
-from latentwire.run.directory import Attempt, Run
+from latentwire.run.directory import Run
 from latentwire.run.status import run_status
 
 pytestmark = pytest.mark.slurm
-
-
-class Orchestrated:
-    """A toy run on the private cluster, with its orchestrator as a program."""
-
-    def __init__(self, cluster: Cluster, run: Run) -> None:
-        self.cluster, self.run = cluster, run
-        command = [sys.executable, "-m", "latentwire.orchestrate", "--resume", "--runs-dir", str(run.path.parent)]
-        self._output = run.path.parent / "orchestrator.txt"
-        with open(self._output, "wb") as output:
-            self._process = subprocess.Popen(command, env=cluster.environ, stdout=output, stderr=output)
-
-    def trained(self, number: int) -> Attempt:
-        """The newest attempt, once it has trained so many steps."""
-        attempt = wait_for(lambda: (self.run.attempts() or [None])[-1], "an attempt")
-        wait_for_steps(attempt, number)
-        return attempt
-
-    def job_id(self) -> str:
-        """Of the newest attempt."""
-        return str(self.run.attempts()[-1].record()["job_id"])
-
-    def finish(self) -> int:
-        """Wait for the orchestrator; its exit code."""
-        return self._process.wait(PATIENCE_S)
-
-    def end(self) -> None:
-        """Leave nothing behind."""
-        if self._process.poll() is None:
-            self._process.kill()
-            self._process.wait()
-        self.cluster.run("scancel", "--me")
-
-    def said(self) -> str:
-        """What the orchestrator printed."""
-        return self._output.read_text()
-
-
-@contextmanager
-def orchestrated(cluster: Cluster, folder: Path, partition: str) -> Iterator[Orchestrated]:
-    """A run in a partition, with its orchestrator, until the block is left."""
-    scheduler = {"kind": "slurm", "partition": partition, "gpus": 1, "cpus": 2, "time_min": 10}
-    run = make_run(folder / "runs", scheduler=scheduler, checkpoint=OFTEN_SAVED, **SLOW_ENOUGH)
-    program = Orchestrated(cluster, run)
-    try:
-        yield program
-    finally:
-        program.end()
-
-
-@contextmanager
-def everything_taken(cluster: Cluster) -> Iterator[None]:
-    """A job of the partition ``high`` wants both nodes for itself."""
-    options = ["-p", "high", "-N", "2", "--exclusive", "--time=5", "--output=/dev/null"]
-    job = cluster.run("sbatch", "--parsable", *options, "--wrap", "srun sleep 300").strip()
-    try:
-        yield
-    finally:
-        cluster.run("scancel", job)
 
 
 def assert_lost_nothing(program: Orchestrated, calm: Run) -> None:

@@ -36,7 +36,7 @@ from latentwire.run.budget import verdict_of
 from latentwire.run.directory import Attempt, Run
 from latentwire.run.journal import read_journal
 from latentwire.run.status import run_status
-from latentwire.scheduler.submission import list_jobs
+from latentwire.scheduler.jobs import list_jobs
 
 ORCHESTRATE = [sys.executable, "-m", "latentwire.orchestrate"]
 
@@ -136,8 +136,8 @@ def _submission(number: int) -> Callable[[Run], psutil.Process | None]:
     """The process that submits; its job is not written down yet."""
 
     def look(run: Run) -> psutil.Process | None:
-        words = ["latentwire.scheduler.submission", str(run.path), str(number)]
-        at_work = [p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [])[-3:] == words]
+        words = [str(run.path), str(number)]
+        at_work = [p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [])[-2:] == words]
         return at_work[0] if at_work and len(list_jobs(run)) < number else None
 
     return look

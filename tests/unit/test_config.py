@@ -12,10 +12,11 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from latentwire.config import Config, differences, load_config, parse_config
+from latentwire.config import Config, load_config, parse_config
 from latentwire.errors import ConfigError, LatentWireError, WorkloadError
 from latentwire.sbatch import EXTRA
 from latentwire.target import load_target, options_model
+from latentwire.tree import differences
 
 REPOSITORY = Path(__file__).parents[2]
 TARGET = "json:JSONDecoder"
