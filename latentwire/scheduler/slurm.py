@@ -52,6 +52,14 @@ def run_inside_a_job(command: Sequence[str]) -> str:
     return done.stdout
 
 
+def signal_target(job_id: str, signum: signal.Signals) -> str:
+    """What ``scancel -s`` is given, so that the job's processes get the signal and the job is not cancelled.
+
+    A SIGKILL to the job is a plain scancel, after which nobody starts the run again; one to its step is a crash.
+    """
+    return f"{job_id}.0" if signum == signal.SIGKILL else job_id
+
+
 def own_job_id(environ: Mapping[str, str]) -> str | None:
     """The job that a process with this environment runs in, as Slurm's commands want it; None outside of any.
 
