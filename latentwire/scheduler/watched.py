@@ -16,7 +16,8 @@ from latentwire.scheduler.jobs import Job, list_jobs
 
 _FIRST_PAUSE_S = 5.0
 _LONGEST_PAUSE_S = 300.0
-_FILES = ("events.agent.jsonl", "events.rank0.jsonl", "metrics.jsonl")
+_TOLD = ("events.agent.jsonl", "events.rank0.jsonl")
+_FILES = (*_TOLD, "metrics.jsonl")
 
 
 class Watched:
@@ -164,7 +165,7 @@ class Watched:
         return tuple(map(_stamp, self._files))
 
     def _read_news(self) -> list[dict[str, Any]]:
-        paths = [path for attempt in self.run.attempts() for path in sorted(attempt.path.glob("events.*.jsonl"))]
+        paths = [attempt.path / name for attempt in self.attempts for name in _TOLD]
         for path in [*paths, self.run.orchestrator_events]:
             self._followers.setdefault(path, Follower(path))
         return sorted((event for follower in self._followers.values() for event in follower.read()), key=time_of)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from cluster import Cluster
-from orchestrated import Orchestrated, orchestrated, taken
+from orchestrated import Orchestrated, everything_taken, orchestrated, taken
 from running import NEVER, make_run, run_agent, wait_for
 
 from latentwire.checklist.drill import final_digests
@@ -45,10 +45,11 @@ def test_down_while_it_waits_and_up_again_at_the_next_start(cluster: Cluster, tm
     sections = {"scheduler": {"gpus": [4, 2, 1]}, "elastic": {"patience_s": 3.0}, **SLOW_RANKS}
     with orchestrated(cluster, tmp_path, "preempt", NEVER, **sections) as program:
         program.trained(2)
-        with taken(cluster, "--gres=gpu:3"):
-            with taken(cluster, "--exclusive"):
-                wait_for(lambda: rungs(program) == [2, 1], f"two steps down: {program.said()}")
-            program.trained(2, number=2)
+        with everything_taken(cluster) as everything:
+            wait_for(lambda: rungs(program) == [2, 1], f"two steps down: {program.said()}")
+            with taken(cluster, "--gres=gpu:3"):  # leaves one on each node
+                cluster.run("scancel", everything)
+                program.trained(2, number=2)
         cluster.run("scancel", "-s", "TERM", program.job_id())
         assert program.finish() == 0, program.said()
         assert rungs(program) == [2, 1, 4]
