@@ -8,6 +8,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from latentwire.run.budget import verdict_of
@@ -68,9 +69,9 @@ class RunStatus:
     advice: str | None
     weights_sha256: str | None
 
-    def to_json(self) -> str:
-        """One JSON object."""
-        return json.dumps(dataclasses.asdict(self))
+    def to_json(self, more: Mapping[str, Any]) -> str:
+        """One JSON object, with ``more`` in it."""
+        return json.dumps({**dataclasses.asdict(self), **more})
 
 
 def run_status(run: Run, now: float | None = None) -> RunStatus:

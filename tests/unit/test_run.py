@@ -619,7 +619,7 @@ def test_running_with_all_that_is_known(run: Run) -> None:
     assert (status.samples_per_s, status.eta_s) == (64.0, 45.0)
     assert (status.committed_step, status.verified_at) == (10, NOW + 1)
     assert status.weights_sha256 is None
-    assert json.loads(status.to_json())["name"] == "test"
+    assert json.loads(status.to_json({}))["name"] == "test"
 
 
 def test_phases_follow_the_events(run: Run) -> None:
