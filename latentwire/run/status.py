@@ -15,7 +15,7 @@ from latentwire.run.directory import Attempt, Run
 from latentwire.run.journal import last_record, read_journal
 
 HEARTBEAT_S = 90.0
-"""On another host an attempt counts as alive while it wrote within so many seconds."""
+"""On another node an attempt counts as alive while it wrote within so many seconds."""
 STALLED_S = 900.0
 """No step for so long is a stall."""
 
@@ -100,7 +100,7 @@ def run_status(run: Run, now: float | None = None) -> RunStatus:
 
 
 def is_alive(attempt: Attempt, now: float) -> bool:
-    """Whether the attempt's agent runs: its process on this host, else the age of the monitor's last line."""
+    """Whether the attempt's agent runs: its process on this node, else the age of the monitor's last line."""
     agent = attempt.agent()
     alive = agent.is_alive() if agent is not None else False
     if alive is not None:

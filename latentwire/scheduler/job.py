@@ -5,15 +5,24 @@ from __future__ import annotations
 import dataclasses
 import os
 import socket
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from latentwire.run.budget import next_move
 from latentwire.run.directory import Attempt, Run
 from latentwire.run.journal import Journal
 from latentwire.run.process import node_name
 from latentwire.scheduler import slurm
+
+if TYPE_CHECKING:
+    from latentwire.train.agent import Agent
+    from latentwire.train.allocation import Allocation
+
+_STARTS_AGAIN = ("preempted", "lost", "fenced")
+"""Outcomes after which the job, or a newer one, goes on with the run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,39 +109,37 @@ class TrainingJob:
             return Agent(run, LocalAllocation(str(os.getppid()))).main().outcome
         allocation = SlurmAllocation.of_this_task(os.environ)
         if allocation.node_rank == 0:
-            return _lead(run, allocation)
+            return _lead(Agent(run, allocation))
         outcome = Follower(run, allocation).main()
         if outcome in _STARTS_AGAIN:
             os._exit(0)
         return outcome
 
 
-_STARTS_AGAIN = ("preempted", "lost", "fenced")
-"""Outcomes after which the job, or a newer one, goes on with the run."""
-
-
-def _lead(run: Run, allocation: SlurmAllocation) -> str:
-    from latentwire.train.agent import Agent
-
-    attempt, outcome = None, "failed"
+def _lead(agent: Agent) -> str:
+    outcome = "failed"
     try:
-        if slurm.is_being_preempted(allocation.job_id):  # the notice came before anybody could hear it
-            outcome = "preempted"
-        else:
-            agent = Agent(run, allocation)
-            outcome = agent.main().outcome
-            attempt = agent.attempt
+        # the notice may have come before anybody could hear it
+        is_late = slurm.is_being_preempted(agent.allocation.job_id)
+        outcome = "preempted" if is_late else agent.main().outcome
     finally:
-        if allocation.num_nodes > 1:
-            run.end_job(allocation.job_id, allocation.restart, outcome)
-    if attempt is not None and not attempt.is_newest():
+        if agent.allocation.num_nodes > 1:
+            _tell_followers(agent.run, agent.allocation, outcome)
+    if agent.attempt is not None and not agent.attempt.is_newest():
         os._exit(0)  # the run goes on elsewhere, perhaps as this very job: its requeue and its result are not ours
-    if outcome == "preempted" or (outcome == "lost" and next_move(run, run.config().retry).again):
-        _requeue(allocation, attempt)
+    if outcome == "preempted" or (outcome == "lost" and next_move(agent.run, agent.config.retry).again):
+        _requeue(agent.allocation, agent.attempt)
     return outcome
 
 
-def _requeue(allocation: SlurmAllocation, attempt: Attempt | None) -> None:
+def _tell_followers(run: Run, allocation: Allocation, outcome: str) -> None:
+    try:
+        run.end_job(allocation.job_id, allocation.restart, outcome)
+    except OSError as error:  # a full disk must not keep the job from being requeued, which ends the followers too
+        print(f"the other nodes of job {allocation.job_id} could not be told of its end: {error}", file=sys.stderr)
+
+
+def _requeue(allocation: Allocation, attempt: Attempt | None) -> None:
     result = slurm.requeue(allocation.job_id, allocation.restart)
     if attempt is not None:
         _write_down(attempt, result)

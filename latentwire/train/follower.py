@@ -25,6 +25,8 @@ from latentwire.train.verdicts import said_by_ranks, say_for
 
 _POLL_S = 0.1
 _LOOK_EVERY_S = 0.5
+_KILL_AFTER_S = 3.0
+"""The leader waits for what is said here; and no rank but rank 0, which is the leader's, has anything to save."""
 _LEADER_COMES_WITHIN_S = 600.0
 """Longer than its longest pause between two attempts."""
 
@@ -128,7 +130,7 @@ class _Following:
             time.sleep(_POLL_S)
         self._say_for_the_silent()
         left = self.processes.running
-        self.processes.end()
+        self.processes.end(_KILL_AFTER_S)
         self._say(dict.fromkeys(left, Verdict("failed", "network", error="ended, as a rank had failed elsewhere")))
 
     def _is_over(self) -> bool:
