@@ -172,7 +172,8 @@ class _Facts:
         elif name == "save_verified":
             self.verified_at = _number(event.get("time"))
         elif name == "training_finished":
-            self.step, self.weights_sha256 = _whole(event.get("step"), self.step), event.get("weights_sha256")
+            self.step = _whole(event.get("step"), self.step)
+            self.weights_sha256 = event.get("weights_sha256") or self.weights_sha256  # only rank 0 knows them
 
     def eta_s(self) -> float | None:
         if self.total_steps is None or self.step_s is None:

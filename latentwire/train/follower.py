@@ -61,7 +61,7 @@ class Follower:
                 _Following(self, found).main()
 
     def _wait_for_leader(self, newest: int) -> Attempt | str:
-        """Its next attempt, or the outcome with which it left."""
+        """Its next attempt, or the outcome with which it left; *fenced* where the run goes on without us."""
         job = self.allocation
         deadline = time.monotonic() + _LEADER_COMES_WITHIN_S
         while time.monotonic() < deadline:
@@ -69,13 +69,16 @@ class Follower:
             if outcome is not None:
                 return outcome
             attempts = self.run.attempts()
-            if attempts and self._is_ours(attempt := attempts[-1]):
-                if attempt.number > newest:
-                    return attempt
-                if attempt.ended() is None:  # the last save of rank 0 may take long
-                    if not is_alive(attempt, time.time()):
-                        break
-                    deadline = time.monotonic() + _LEADER_COMES_WITHIN_S
+            last = attempts[-1] if attempts else None
+            if last is not None and last.number > newest:
+                if self._is_ours(last):
+                    return last
+                if newest:  # else it is of an earlier start, and ours comes
+                    return "fenced"
+            elif last is not None and last.ended() is None:  # the last save of rank 0 may take long
+                if not is_alive(last, time.time()):
+                    break
+                deadline = time.monotonic() + _LEADER_COMES_WITHIN_S
             time.sleep(_LOOK_EVERY_S)
         raise RunError(f"the leader of job {job.job_id} is gone without a word: {node_name()} leaves the job too")
 
