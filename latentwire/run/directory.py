@@ -104,7 +104,7 @@ class Run:
             return []
         return [Attempt(self, number) for number in sorted(map(int, names))]
 
-    def claim_attempt(self, job_id: str, scheduler: str, restart: int = 0) -> Attempt:
+    def claim_attempt(self, job_id: str, scheduler: str, restart: int = 0, after: Attempt | None = None) -> Attempt:
         """Start a new attempt: its number is larger than any other's, and only ours. Called by the leading agent.
 
         The folder appears by one rename, with attempt.json inside: it is never seen empty, and a rename onto a folder
@@ -114,12 +114,17 @@ class Run:
             job_id: the scheduler's name for the job.
             scheduler: ``local`` or ``slurm``.
             restart: how often the scheduler had started this job again.
+            after: the claimer's own last attempt. The number is the next one or none: an agent that was given up would
+                else supersede the one that took its place.
+
+        Raises:
+            Fenced: somebody else has claimed an attempt since ``after``.
         """
         parent = self.path / "attempts"
         parent.mkdir(exist_ok=True)
         aside = parent / f".claim-{uuid.uuid4().hex[:12]}"
         aside.mkdir()
-        number = self.newest_number() + 1
+        number = (self.newest_number() if after is None else after.number) + 1
         while True:
             job = {"job_id": job_id, "scheduler": scheduler, "restart": restart}
             mine = {"claimed": time.time(), "agent": dataclasses.asdict(ProcessIdentity.of())}
@@ -128,10 +133,14 @@ class Run:
                 os.rename(aside, parent / f"{number:04d}")
                 break
             except OSError as error:
-                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-                    shutil.rmtree(aside, ignore_errors=True)
-                    raise
-                number += 1
+                taken = error.errno in (errno.EEXIST, errno.ENOTEMPTY)
+                if taken and after is None:
+                    number += 1
+                    continue
+                shutil.rmtree(aside, ignore_errors=True)
+                if taken:
+                    raise Fenced(f"attempt {number} of {self.name} belongs to another agent") from None
+                raise
         fsync_directory(parent)
         return Attempt(self, number)
 

@@ -16,7 +16,7 @@ from latentwire.run.directory import Attempt, Run
 from latentwire.run.journal import last_record, read_journal
 
 HEARTBEAT_S = 90.0
-"""On another host an attempt counts as alive while it wrote within so many seconds."""
+"""On another node an attempt counts as alive while it wrote within so many seconds."""
 STALLED_S = 900.0
 """No step for so long is a stall."""
 
@@ -114,7 +114,7 @@ def run_status(run: Run, now: float | None = None) -> RunStatus:
 
 
 def is_alive(attempt: Attempt, now: float) -> bool:
-    """Whether the attempt's agent runs: its process on this host, else the age of the monitor's last line."""
+    """Whether the attempt's agent runs: its process on this node, else the age of the monitor's last line."""
     agent = attempt.agent()
     alive = agent.is_alive() if agent is not None else False
     if alive is not None:
@@ -190,7 +190,8 @@ class _Facts:
         elif name == "save_verified":
             self.verified_at = _number(event.get("time"))
         elif name == "training_finished":
-            self.step, self.weights_sha256 = _whole(event.get("step"), self.step), event.get("weights_sha256")
+            self.step = _whole(event.get("step"), self.step)
+            self.weights_sha256 = event.get("weights_sha256") or self.weights_sha256  # only rank 0 knows them
 
     def eta_s(self) -> float | None:
         if self.total_steps is None or self.step_s is None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import os
 import socket
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from latentwire.preemption.handler import blocked
 from latentwire.run.atomic import write_json
@@ -17,6 +18,13 @@ from latentwire.run.directory import Attempt, Run
 from latentwire.run.journal import Journal
 from latentwire.run.process import node_name
 from latentwire.scheduler import slurm
+
+if TYPE_CHECKING:
+    from latentwire.train.agent import Agent
+    from latentwire.train.allocation import Allocation
+
+_STARTS_AGAIN = ("preempted", "lost", "fenced")
+"""Outcomes after which the job, or a newer one, goes on with the run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,40 +121,37 @@ class TrainingJob:
             return Agent(run, LocalAllocation(str(os.getppid()))).main().outcome
         allocation = SlurmAllocation.of_this_task(os.environ)
         if allocation.node_rank == 0:
-            return _lead(run, allocation)
+            return _lead(Agent(run, allocation))
         outcome = Follower(run, allocation).main()
         if outcome in _STARTS_AGAIN:
             os._exit(0)
         return outcome
 
 
-_STARTS_AGAIN = ("preempted", "lost", "fenced")
-"""Outcomes after which the job, or a newer one, goes on with the run."""
-
-
-def _lead(run: Run, allocation: SlurmAllocation) -> str:
-    from latentwire.train.agent import Agent
-
-    attempt, outcome = None, "failed"
+def _lead(agent: Agent) -> str:
+    outcome = "failed"
     try:
         with blocked():  # the agent's handlers unblock them, so that a notice is either found here or heard there
-            if slurm.is_ending(allocation.job_id):
-                outcome = "preempted"
-            else:
-                agent = Agent(run, allocation)
-                outcome = agent.main().outcome
-                attempt = agent.attempt
+            is_late = slurm.is_ending(agent.allocation.job_id)
+            outcome = "preempted" if is_late else agent.main().outcome
     finally:
-        if allocation.num_nodes > 1:
-            run.end_job(allocation.job_id, allocation.restart, outcome)
-    if attempt is not None and not attempt.is_newest():
+        if agent.allocation.num_nodes > 1:
+            _tell_followers(agent.run, agent.allocation, outcome)
+    if agent.attempt is not None and not agent.attempt.is_newest():
         os._exit(0)  # the run goes on elsewhere, perhaps as this very job: its requeue and its result are not ours
-    if outcome == "preempted" or (outcome == "lost" and next_move(run, run.config().retry).again):
-        _give_back(run, allocation, attempt)
+    if outcome == "preempted" or (outcome == "lost" and next_move(agent.run, agent.config.retry).again):
+        _give_back(agent.run, agent.allocation, agent.attempt)
     return outcome
 
 
-def _give_back(run: Run, allocation: SlurmAllocation, attempt: Attempt | None) -> None:
+def _tell_followers(run: Run, allocation: Allocation, outcome: str) -> None:
+    try:
+        run.end_job(allocation.job_id, allocation.restart, outcome)
+    except OSError as error:  # a full disk must not keep the job from being requeued, which ends the followers too
+        print(f"the other nodes of job {allocation.job_id} could not be told of its end: {error}", file=sys.stderr)
+
+
+def _give_back(run: Run, allocation: Allocation, attempt: Attempt | None) -> None:
     """Have the job started again, and end it here; where that cannot be, say so and return."""
     job_id = allocation.job_id
     result = slurm.requeue(job_id, allocation.restart)

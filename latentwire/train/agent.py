@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from latentwire import __version__
 from latentwire.elastic.inventory import Inventory
 from latentwire.elastic.planner import plan
-from latentwire.errors import ConfigError, RunBusy
+from latentwire.errors import ConfigError, Fenced, RunBusy
 from latentwire.monitor.rollup import summarise
 from latentwire.preemption.forecast import Grace, as_event, forecast, measured_before
 from latentwire.preemption.handler import PreemptionHandler
@@ -72,7 +72,10 @@ class Agent:
                 if self.run.cancel_path.exists():
                     return Verdict("cancelled", error="the run was cancelled before this job started")
                 job = self.allocation
-                self.attempt = self.run.claim_attempt(job.job_id, job.scheduler, job.restart)
+                try:
+                    self.attempt = self.run.claim_attempt(job.job_id, job.scheduler, job.restart, after=self.attempt)
+                except Fenced as fenced:
+                    return Verdict("fenced", error=str(fenced))
                 verdict = _Supervision(self, self.attempt).main()
                 move = next_move(self.run, self.config.retry)
                 if verdict.outcome != "failed" or not move.again or self.handler.notice is not None:
@@ -196,9 +199,7 @@ class _Supervision:
 
     def _judge(self) -> Verdict:
         """The gravest of what happened to the ranks; *lost* where other nodes do not say what broke the connection."""
-        ends = self.processes.ends()
-        if self._elsewhere:
-            ends = self._wait_for_words()
+        ends = self._wait_for_words()
         verdict = judge(ends)
         silent = sorted({node for rank, node in self._elsewhere.items() if rank not in ends})
         if silent and RankEnd(verdict).is_echo:

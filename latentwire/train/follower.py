@@ -25,6 +25,8 @@ from latentwire.train.verdicts import said_by_ranks, say_for
 
 _POLL_S = 0.1
 _LOOK_EVERY_S = 0.5
+_KILL_AFTER_S = 3.0
+"""The leader waits for what is said here; and no rank but rank 0, which is the leader's, has anything to save."""
 _LEADER_COMES_WITHIN_S = 600.0
 """Longer than its longest pause between two attempts."""
 
@@ -59,7 +61,7 @@ class Follower:
                 _Following(self, found).main()
 
     def _wait_for_leader(self, newest: int) -> Attempt | str:
-        """Its next attempt, or the outcome with which it left."""
+        """Its next attempt, or the outcome with which it left; *fenced* where the run goes on without us."""
         job = self.allocation
         deadline = time.monotonic() + _LEADER_COMES_WITHIN_S
         while time.monotonic() < deadline:
@@ -67,13 +69,16 @@ class Follower:
             if outcome is not None:
                 return outcome
             attempts = self.run.attempts()
-            if attempts and self._is_ours(attempt := attempts[-1]):
-                if attempt.number > newest:
-                    return attempt
-                if attempt.ended() is None:  # the last save of rank 0 may take long
-                    if not is_alive(attempt, time.time()):
-                        break
-                    deadline = time.monotonic() + _LEADER_COMES_WITHIN_S
+            last = attempts[-1] if attempts else None
+            if last is not None and last.number > newest:
+                if self._is_ours(last):
+                    return last
+                if newest:  # else it is of an earlier start, and ours comes
+                    return "fenced"
+            elif last is not None and last.ended() is None:  # the last save of rank 0 may take long
+                if not is_alive(last, time.time()):
+                    break
+                deadline = time.monotonic() + _LEADER_COMES_WITHIN_S
             time.sleep(_LOOK_EVERY_S)
         raise RunError(f"the leader of job {job.job_id} is gone without a word: {node_name()} leaves the job too")
 
@@ -128,7 +133,7 @@ class _Following:
             time.sleep(_POLL_S)
         self._say_for_the_silent()
         left = self.processes.running
-        self.processes.end()
+        self.processes.end(_KILL_AFTER_S)
         self._say(dict.fromkeys(left, Verdict("failed", "network", error="ended, as a rank had failed elsewhere")))
 
     def _is_over(self) -> bool:

@@ -31,6 +31,7 @@ from latentwire.train.worker import AGENT_PID
 
 _POLL_S = 0.1
 _KILL_AFTER_S = 20.0
+"""So long a rank may take to leave."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,10 +189,10 @@ class NodeProcesses:
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
-    def end(self) -> None:
-        """No rank outlives the attempt; the monitor ends with its input."""
+    def end(self, kill_after_s: float = _KILL_AFTER_S) -> None:
+        """No rank outlives the attempt; the monitor ends with its input. Blocks until all are gone."""
         self._signal(signal.SIGTERM)
-        deadline = time.monotonic() + _KILL_AFTER_S
+        deadline = time.monotonic() + kill_after_s
         for rank in self._ranks.values():
             try:
                 rank.wait(max(0.0, deadline - time.monotonic()))

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
+MEET_WITHIN = datetime.timedelta(minutes=10)
+"""From the first rank to the last; torch may take minutes to come from a network file system."""
 TIMEOUT = datetime.timedelta(minutes=30)
 
 
@@ -30,9 +32,12 @@ class Ranks:
             ConnectionError: they did not meet; so do all collectives where a rank is lost.
         """
         ranks = cls(*(int(os.environ.get(key, d)) for key, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))
-        if ranks.world_size > 1:
+        rank, size = ranks.rank, ranks.world_size
+        if size > 1:
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             with _lost_ranks_are_a_network_failure():
-                dist.init_process_group("gloo", rank=ranks.rank, world_size=ranks.world_size, timeout=TIMEOUT)
+                store = dist.TCPStore(address, port, size, rank == 0, timeout=MEET_WITHIN)  # type: ignore[attr-defined]
+                dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
         return ranks
 
     def disconnect(self) -> None:

@@ -266,6 +266,17 @@ def test_an_attempt_is_fenced_by_the_next(run: Run) -> None:
     second.assert_newest()
 
 
+def test_an_agent_that_was_superseded_claims_no_more(run: Run) -> None:
+    mine = run.claim_attempt("1", "slurm")
+    mine = run.claim_attempt("1", "slurm", after=mine)
+    theirs = run.claim_attempt("1", "slurm", restart=1)
+    with pytest.raises(Fenced, match="attempt 3"):
+        run.claim_attempt("1", "slurm", after=mine)
+    assert run.attempts() == [Attempt(run, 1), mine, theirs]
+    assert theirs.record()["restart"] == 1
+    assert sorted(path.name for path in theirs.path.parent.iterdir()) == ["0001", "0002", "0003"]
+
+
 def test_numbers_go_on_past_four_digits(run: Run) -> None:
     (run.path / "attempts" / "9999").mkdir(parents=True)
     assert run.claim_attempt("1", "local").path.name == "10000"
