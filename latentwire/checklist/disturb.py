@@ -49,12 +49,13 @@ class Disturbance:
     may_lose: int = 0
 
 
+_IN_WARMUP = Disturbance("TERM in warm-up", "TERM", begins="warmup_started", ends=("warmup_finished",))
 _IN_TRAINING = Disturbance("TERM in training", "TERM", steps=2)
 _KILL = Disturbance("SIGKILL", "KILL", steps=3, may_lose=1)
 _CORRUPTED = Disturbance("newest checkpoint corrupted", "KILL", begins="save_verified", corrupt=True, may_lose=2)
 _REQUEUE = Disturbance("scontrol requeue", "requeue", steps=2)
 DISTURBANCES: tuple[Disturbance, ...] = (
-    Disturbance("TERM in warm-up", "TERM", begins="warmup_started", ends=("warmup_finished",)),
+    _IN_WARMUP,
     _IN_TRAINING,
     Disturbance("TERM in evaluation", "TERM", begins="evaluation_started", ends=("evaluation_finished",)),
     Disturbance("TERM during a save", "TERM", begins="save_started", ends=("save_verified", "save_failed")),
@@ -142,8 +143,9 @@ class Slurm:
         preempting_partition: jobs of it preempt those of the section's partition; None: no preemption is made.
 
     Raises:
-        ConfigError: no partition is named, there is no Slurm here, or the one partition does not preempt the other.
-        SchedulerError: a partition does not exist, or Slurm does not answer.
+        ConfigError: there is no Slurm here, no partition is named or none of that name exists, or the one does not
+            preempt the other.
+        SchedulerError: Slurm does not answer.
     """
 
     poll_s = 0.05
@@ -173,7 +175,10 @@ class Slurm:
         if self._preempting is not None:
             may_lose = 0 if self._grace_s > 0 else 1
             first.insert(1, Disturbance(f"preempted by {self._preempting}", "preemption", steps=2, may_lose=may_lose))
-        return (*first, *(each for each in DISTURBANCES if each not in first)) if everything else tuple(first)
+        if not everything:
+            return tuple(first)
+        first.insert(0, _IN_WARMUP)  # which only a run that has just begun has still before it
+        return (*first, *(each for each in DISTURBANCES if each not in first))
 
     def outlook(self, disturbances: Sequence[Disturbance]) -> str:
         """How long it is going to take, as far as that depends on Slurm."""
@@ -243,8 +248,13 @@ def _job_id(attempt: Attempt) -> str:
 
 
 def _partition(name: str) -> dict[str, str]:
-    """The fields of ``scontrol show partition``; GraceTime is in seconds."""
-    return dict(re.findall(r"(\S+?)=(\S*)", run_command(["scontrol", "show", "partition", "-o", name])))
+    """The fields that ``scontrol show partition`` has for it; GraceTime is in seconds."""
+    lines = run_command(["scontrol", "-a", "show", "partition", "-o"]).splitlines()
+    partitions = [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in lines]
+    named = {fields["PartitionName"]: fields for fields in partitions if "PartitionName" in fields}
+    if name not in named:
+        raise ConfigError(f"there is no partition {name!r}; there are: {', '.join(sorted(named)) or 'none'}")
+    return named[name]
 
 
 def _setting(name: str) -> str:

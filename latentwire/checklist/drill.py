@@ -174,29 +174,16 @@ class _Program:
 
     def disturb(self, disturbance: Disturbance) -> Row:
         """Do it until it hits, wait until the run has trained on, and see what it cost."""
+        number, hit = 0, False
         for _ in range(_TRIES):
-            row = self._disturb_once(disturbance)
-            if row.hit:
-                return row
-        return row
-
-    def _disturb_once(self, disturbance: Disturbance) -> Row:
-        attempt = self._wait(self._running_attempt, "a running attempt")
-        first = len(_events(attempt))
-        self._wait(lambda: len(_steps(attempt)) >= disturbance.steps, "training steps")
-        if disturbance.begins is not None:
-            self._wait(lambda: disturbance.begins in _names(attempt)[first:], disturbance.begins)
-        sent = time.time()
-        with self._held_back() if disturbance.corrupt else contextlib.nullcontext():
-            with self._place.disturbing(disturbance.deed, attempt):
-                self._wait(lambda: self._place.is_over(attempt), "the attempt's end", _ENDS_WITHIN_S)
-            if disturbance.corrupt:
-                self._flip_a_byte()
+            attempt, sent = self._disturb_an_attempt(disturbance, after=number)
+            number, hit = attempt.number, _fell_into_window(attempt, disturbance)
+            if hit:
+                break
         reached = max([_restored(attempt), *(int(r["step"]) for r in _steps(attempt))])
-        after = self._wait(self._attempt_that_trains(attempt.number), "the next attempt's first step")
+        after = self._wait(self._attempt_that_trains(number), "the next attempt's first step")
         lost = reached - _restored(after)
         allowed = disturbance.may_lose * int(self._config()["checkpoint"]["interval_steps"])
-        hit = _fell_into_window(attempt, disturbance)
         return Row(
             name=disturbance.name,
             hit=hit,
@@ -209,9 +196,25 @@ class _Program:
             passed=hit and lost <= allowed and (not disturbance.corrupt or self._has_quarantine()),
         )
 
-    def _running_attempt(self) -> Attempt | None:
+    def _disturb_an_attempt(self, disturbance: Disturbance, after: int) -> tuple[Attempt, float]:
+        """Wait for its moment in an attempt later than ``after``, do it, wait for the end; which attempt, and when."""
+        attempt = self._wait(lambda: self._running_attempt(after), "a running attempt")
+        first = len(_events(attempt))
+        self._wait(lambda: len(_steps(attempt)) >= disturbance.steps, "training steps")
+        if disturbance.begins is not None:
+            self._wait(lambda: disturbance.begins in _names(attempt)[first:], disturbance.begins)
+        sent = time.time()
+        with self._held_back() if disturbance.corrupt else contextlib.nullcontext():
+            with self._place.disturbing(disturbance.deed, attempt):
+                self._wait(lambda: self._place.is_over(attempt), "the attempt's end", _ENDS_WITHIN_S)
+            if disturbance.corrupt:
+                self._flip_a_byte()
+        return attempt, sent
+
+    def _running_attempt(self, after: int) -> Attempt | None:
         attempts = self.run.attempts()
-        return attempts[-1] if attempts and attempts[-1].ended() is None else None
+        runs = bool(attempts) and attempts[-1].number > after and attempts[-1].ended() is None
+        return attempts[-1] if runs else None
 
     def _attempt_that_trains(self, after: int) -> Callable[[], Attempt | None]:
         def look() -> Attempt | None:

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 def drill_of_the_toy(cluster: Cluster, folder: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
     """``latentwire drill --cluster slurm``, until the block is left."""
     scheduler = {"partition": "nograce", "gpus": 1, "cpus": 2, "time_min": 10}
-    train = {"steps": 80, "num_micro_batches": 4, "eval_every": 20}
+    train = {"steps": 60, "num_micro_batches": 4, "eval_every": 20}
     workload = {"options": {"pause_s": 0.1}}  # steps enough for the drill, however late a signal comes
     config = write_config(
         folder, "toy-drill", workload=workload, train=train, checkpoint=OFTEN_SAVED, scheduler=scheduler
@@ -71,7 +71,7 @@ def test_the_bits_survive_whatever_slurm_does(cluster: Cluster, tmp_path: Path) 
 
 
 def test_an_interrupt_leaves_no_job_behind(cluster: Cluster, tmp_path: Path) -> None:
-    with drill_of_the_toy(cluster, tmp_path, "--preempting-partition", "high") as process:
+    with drill_of_the_toy(cluster, tmp_path, "--preempting-partition", "high", "train.steps=30") as process:
         wait_for(lambda: jobs(cluster, "high", "running"), "the job that preempts")
         process.send_signal(TERM)
         process.communicate(timeout=PATIENCE_S)
@@ -79,11 +79,19 @@ def test_an_interrupt_leaves_no_job_behind(cluster: Cluster, tmp_path: Path) -> 
     wait_for(lambda: not jobs(cluster, "high,preempt", "pending,running,completing"), "an empty cluster")
 
 
-@pytest.mark.parametrize("other", ["cancel", "nonsense"])
-def test_a_partition_that_does_not_preempt_is_refused_at_once(cluster: Cluster, tmp_path: Path, other: str) -> None:
+@pytest.mark.parametrize(
+    ("other", "complaint"),
+    [
+        ("cancel", "jobs of partition cancel (PriorityTier 1) do not preempt those of preempt (PriorityTier 1"),
+        ("nonsense", "there is no partition 'nonsense'; there are: cancel, high, nograce, preempt"),
+    ],
+    ids=["no higher tier", "no such partition"],
+)
+def test_a_partition_that_does_not_preempt_is_refused_at_once(
+    cluster: Cluster, tmp_path: Path, other: str, complaint: str
+) -> None:
     with drill_of_the_toy(cluster, tmp_path, "--preempting-partition", other) as process:
         _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1
-    assert errors.startswith("latentwire: ")
-    assert other in errors
+    assert errors.startswith(f"latentwire: {complaint}")
     assert not (tmp_path / "runs").exists()
