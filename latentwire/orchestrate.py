@@ -116,10 +116,10 @@ def _orchestrate(request: _Request) -> int:
 
 def _requeue_own_job(signum: int) -> None:
     """An orchestrator that is a Slurm job itself, and is preempted, comes back; a plain scancel ends it."""
-    job_id = slurm.own_job_id()
+    job_id = slurm.own_job_id(os.environ)
     if job_id is None or signum != signal.SIGTERM:
         return
-    result = slurm.requeue(job_id)
+    result = slurm.requeue(job_id, slurm.restart_count(os.environ))
     log.info("job %s of the orchestrator: %s", job_id, result.reason)
     if result.done:
         print(f"requeued as job {job_id}", flush=True)

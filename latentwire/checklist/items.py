@@ -34,8 +34,16 @@ class Item:
 def tests_pass(code: int, output: str) -> Judgement:
     """The tests passed: something ran and nothing was skipped."""
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", output)}
+    reasons = re.findall(r"^SKIPPED \[\d+\] \S+ (.+)$", output, re.MULTILINE)
     summary = ", ".join(f"{number} {word}" for word, number in counts.items())
-    return code == 0 and counts.get("passed", 0) > 0 and not counts.get("skipped"), summary or "no test ran"
+    passed = code == 0 and counts.get("passed", 0) > 0 and not counts.get("skipped")
+    return passed, "; ".join([summary or "no test ran", *reasons])
+
+
+def slurm_drill_passes(code: int, output: str) -> Judgement:
+    """The test of the drill passed; the figures are those of the drill that it ran."""
+    passed, summary = tests_pass(code, output)
+    return drill_passes(code, output) if passed else (False, summary)
 
 
 def kills_pass(code: int, output: str) -> Judgement:
@@ -176,5 +184,11 @@ ITEMS = (
         "On a real Slurm: preempted with and without grace, signalled, cancelled; requeued, with the same bits",
         _pytest("tests/slurm"),
         tests_pass,
+    ),
+    Item(
+        "drill-slurm",
+        "The drill through sbatch and scancel on a real Slurm, with a real preemption",
+        _pytest("tests/slurm/test_drill.py"),
+        slurm_drill_passes,
     ),
 )

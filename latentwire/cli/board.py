@@ -116,8 +116,8 @@ def _line(status: RunStatus) -> str:
         words.append(f"ETA {duration(status.eta_s)}")
     if status.num_preemptions:
         words.append(f"{status.num_preemptions} preempted")
-    if status.reason:
-        words.append(status.reason)
+    if status.reason or status.warning:
+        words.append(status.reason or status.warning or "")
     return one_line(", ".join(words))
 
 

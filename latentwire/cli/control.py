@@ -69,15 +69,15 @@ def cancel(run: RunArgument, runs_dir: RunsDirOption = DEFAULT_RUNS_DIR) -> None
 
 def _write_mark(run: Run) -> None:
     import getpass
-    import socket
 
     from latentwire.run.atomic import write_json
+    from latentwire.run.process import node_name
 
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a uid without a name, as in many containers
         user = f"uid {os.getuid()}"
-    write_json(run.cancel_path, {"time": time.time(), "user": user, "host": socket.gethostname(), "pid": os.getpid()})
+    write_json(run.cancel_path, {"time": time.time(), "user": user, "host": node_name(), "pid": os.getpid()})
 
 
 def _stop(run: Run) -> list[str]:
@@ -130,7 +130,9 @@ def _send(attempt: Attempt, signum: signals.Signals) -> str:
     record = attempt.record()
     of = f"attempt {attempt.number} of {attempt.run.name}"
     if record.get("scheduler") == "slurm":
-        _scancel(str(record["job_id"]), "-s", signum.name.removeprefix("SIG"))
+        from latentwire.scheduler.slurm import signal_target
+
+        _scancel(signal_target(str(record["job_id"]), signum), "-s", signum.name.removeprefix("SIG"))
         return f"Slurm job {record['job_id']}, {of}"
     agent = attempt.agent()
     if agent is None or not agent.send(signum):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from latentwire.config import Config
 from latentwire.elastic.schedule import MAX_REPLICAS
@@ -15,13 +16,15 @@ class Placement:
     """One attempt's ranks and devices; placement.json.
 
     Attributes:
-        devices: the torch device of each rank, ``cuda:0`` or ``cpu``.
+        devices: the torch device of each rank on its node, ``cuda:0`` or ``cpu``.
+        nodes: the node of each rank, counted from 0; never falling.
         micro_batch: samples of one forward pass.
         num_micro_batches: micro-batches of one step over all ranks; times ``micro_batch`` it is the global batch.
         why: in words.
     """
 
     devices: tuple[str, ...]
+    nodes: tuple[int, ...]
     micro_batch: int
     num_micro_batches: int
     why: str
@@ -31,23 +34,40 @@ class Placement:
         """Ranks in all."""
         return len(self.devices)
 
+    def ranks_on(self, node: int) -> list[int]:
+        """The ranks of a node; a rank's place here is its local rank."""
+        return [rank for rank, at in enumerate(self.nodes) if at == node]
 
-def plan(config: Config, gpus: Sequence[str], halvings: int) -> Placement:
-    """One rank a device; the models of a rank on one device.
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Placement:
+        """Read what ``dataclasses.asdict`` wrote."""
+        return cls(**{**record, "devices": tuple(record["devices"]), "nodes": tuple(record["nodes"])})
+
+
+def plan(
+    config: Config, gpus: Sequence[str], halvings: int, num_nodes: int = 1, num_gpus: int | None = None
+) -> Placement:
+    """One rank a device; the models of a rank on one device. All nodes are taken to be like this one.
 
     Args:
         config: the run's.
-        gpus: names of the GPUs that the job sees; empty: the CPU computes.
+        gpus: names of the GPUs that the job sees on this node; empty: the CPU computes.
         halvings: how often the run went out of memory so far; each halves the micro-batch and keeps the global batch.
+        num_nodes: of the job.
+        num_gpus: that the scheduler gave the job on each node, also where no GPU is seen; None: all that it sees.
 
     Raises:
         ConfigError: more ranks than GPUs, or a micro-batch that cannot be halved again.
     """
-    ranks = config.elastic.num_ranks or max(1, min(len(gpus), MAX_REPLICAS))
+    on_each = len(gpus) if num_gpus is None else min(num_gpus, len(gpus) or num_gpus)
+    ranks = config.elastic.num_ranks or min(max(1, on_each) * num_nodes, MAX_REPLICAS)
     if ranks > MAX_REPLICAS:
         raise ConfigError(f"elastic.num_ranks is {ranks}; at most {MAX_REPLICAS} ranks give the same bits")
-    if gpus and ranks > len(gpus):
-        raise ConfigError(f"elastic.num_ranks is {ranks} and the job sees {len(gpus)} GPUs ({', '.join(gpus)})")
+    nodes = tuple(rank * num_nodes // ranks for rank in range(ranks))
+    local_ranks = [rank - nodes.index(node) for rank, node in enumerate(nodes)]
+    if gpus and max(local_ranks) >= len(gpus):
+        where = " on each node" if num_nodes > 1 else ""
+        raise ConfigError(f"elastic.num_ranks is {ranks} and the job sees {len(gpus)} GPUs{where} ({', '.join(gpus)})")
     micro_batch, num_micro_batches = config.train.micro_batch, config.train.num_micro_batches
     for _ in range(halvings):
         if micro_batch % 2:
@@ -56,8 +76,10 @@ def plan(config: Config, gpus: Sequence[str], halvings: int) -> Placement:
                 "a power of two, or turn on train.gradient_checkpointing, or use a larger GPU"
             )
         micro_batch, num_micro_batches = micro_batch // 2, num_micro_batches * 2
-    devices = tuple(f"cuda:{rank}" if gpus else "cpu" for rank in range(ranks))
-    why = f"{ranks} of {len(gpus)} GPUs" if gpus else f"no GPU: {ranks} on the CPU"
+    devices = tuple(f"cuda:{local}" if gpus else "cpu" for local in local_ranks)
+    why = f"{ranks} of {len(gpus) * num_nodes} GPUs" if gpus else f"no GPU: {ranks} on the CPU"
+    if num_nodes > 1:
+        why += f", {num_nodes} nodes"
     if halvings:
         why += f"; micro-batch halved {halvings} times after running out of memory, so bits may differ from there on"
-    return Placement(devices, micro_batch, num_micro_batches, why)
+    return Placement(devices, nodes, micro_batch, num_micro_batches, why)

@@ -56,7 +56,7 @@ def _record(parser: _Parser, arguments: argparse.Namespace, end_fd: int, root_pi
     try:
         gpus = GPUMonitor(arguments.gpus)
         arguments.output_dir.mkdir(parents=True, exist_ok=True)
-        stats = Journal(arguments.output_dir / "gpu_stats.jsonl")
+        stats = Journal(arguments.output_dir / arguments.file_name)
     except ConfigError as error:
         parser.error(str(error))
     except OSError as error:
@@ -101,10 +101,13 @@ def _is_at_end(fd: int) -> bool:
 def _make_parser() -> _Parser:
     parser = _Parser(
         prog="python -m latentwire.monitor",
-        description="Append one sample of host and GPUs per interval to DIR/gpu_stats.jsonl. "
+        description="Append one sample of host and GPUs per interval to a file in DIR. "
         "Without a GPU it records the host only, and says so in the first line.",
     )
     parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="made if it does not exist")
+    parser.add_argument(
+        "--file-name", default="gpu_stats.jsonl", metavar="NAME", help="of the file in DIR (default: %(default)s)"
+    )
     parser.add_argument("--interval", type=_seconds, default=1.0, metavar="S", help="seconds a sample (default: 1.0)")
     parser.add_argument(
         "--gpus",

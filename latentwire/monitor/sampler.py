@@ -8,7 +8,6 @@ end in ``monitor_stopped`` was written by a monitor that is still running or was
 from __future__ import annotations
 
 import os
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -16,6 +15,7 @@ from dataclasses import asdict
 from latentwire.monitor.gpu import GPUMonitor
 from latentwire.monitor.host import HostMonitor
 from latentwire.run.journal import Journal
+from latentwire.run.process import node_name
 
 Record = dict[str, object]
 
@@ -65,7 +65,7 @@ class Sampler:
         return {
             "source": self._gpus.source,
             "interval_s": self._interval_s,
-            "hostname": socket.gethostname(),
+            "hostname": node_name(),
             "num_cpus": os.cpu_count(),
             "gpus": [asdict(gpu) for gpu in self._gpus.gpus],
         }

@@ -21,7 +21,7 @@ class Verdict:
 
     Attributes:
         outcome: ``finished``, ``preempted``, ``interrupted`` (INT), ``cancelled``, ``fenced``, ``failed``, or ``lost``:
-            it ended without a word.
+            it ended without a word, or one of its nodes did.
         cause: of a failure: ``oom``, ``network``, ``killed``, ``user`` (would fail again) or ``other``.
         step: completed steps that are safe on disk.
         error: in words.

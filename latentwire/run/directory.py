@@ -8,14 +8,18 @@
       events.orchestrator.jsonl    what was submitted, seen and decided
       cancel.json                  present: do not start it again
       jobs/0001.json  submitit/    what was submitted, and submitit's own files
+      jobs/ended-8841-0.json       of a job of several nodes: its leader has left
       cache/                       what attempts need not compute again
       attempts/0003/               claimed by an exclusive rename: the number is the fencing token
-        attempt.json               job id, host, pid
+        attempt.json               job id, how often Slurm had restarted it, node, pid
         events.agent.jsonl  events.rank0.jsonl  metrics.jsonl  gpu_stats.jsonl
         stdout.log  stderr.log  monitor.log  environment.json  placement.json
+        grace.json                 what the scheduler gives at preemption, where that is known
         deadline.json              after a notice: when the scheduler ends the job
         restoring.json             present while a checkpoint is being loaded
         rank0.json                 how the rank ended
+        rendezvous.json            on several nodes: where their ranks meet
+        *.node1.*                  what the second node's agent and monitor write
       checkpoints/step-00001200/   see latentwire.checkpoint
       metrics.json  gpu_stats.json roll-ups over all attempts
 """
@@ -100,28 +104,43 @@ class Run:
             return []
         return [Attempt(self, number) for number in sorted(map(int, names))]
 
-    def claim_attempt(self, job_id: str, scheduler: str) -> Attempt:
-        """Start a new attempt: its number is larger than any other's, and only ours. Called by the agent.
+    def claim_attempt(self, job_id: str, scheduler: str, restart: int = 0, after: Attempt | None = None) -> Attempt:
+        """Start a new attempt: its number is larger than any other's, and only ours. Called by the leading agent.
 
         The folder appears by one rename, with attempt.json inside: it is never seen empty, and a rename onto a folder
         that is not empty fails, so that of two claims of a number one goes on to the next.
+
+        Args:
+            job_id: the scheduler's name for the job.
+            scheduler: ``local`` or ``slurm``.
+            restart: how often the scheduler had started this job again.
+            after: the claimer's own last attempt. The number is the next one or none: an agent that was given up would
+                else supersede the one that took its place.
+
+        Raises:
+            Fenced: somebody else has claimed an attempt since ``after``.
         """
         parent = self.path / "attempts"
         parent.mkdir(exist_ok=True)
         aside = parent / f".claim-{uuid.uuid4().hex[:12]}"
         aside.mkdir()
-        number = self.newest_number() + 1
+        number = (self.newest_number() if after is None else after.number) + 1
         while True:
-            identity = {"number": number, "job_id": job_id, "scheduler": scheduler, "claimed": time.time()}
-            write_json(aside / "attempt.json", identity | {"agent": dataclasses.asdict(ProcessIdentity.of())})
+            job = {"job_id": job_id, "scheduler": scheduler, "restart": restart}
+            mine = {"claimed": time.time(), "agent": dataclasses.asdict(ProcessIdentity.of())}
+            write_json(aside / "attempt.json", {"number": number} | job | mine)
             try:
                 os.rename(aside, parent / f"{number:04d}")
                 break
             except OSError as error:
-                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-                    shutil.rmtree(aside, ignore_errors=True)
-                    raise
-                number += 1
+                taken = error.errno in (errno.EEXIST, errno.ENOTEMPTY)
+                if taken and after is None:
+                    number += 1
+                    continue
+                shutil.rmtree(aside, ignore_errors=True)
+                if taken:
+                    raise Fenced(f"attempt {number} of {self.name} belongs to another agent") from None
+                raise
         fsync_directory(parent)
         return Attempt(self, number)
 
@@ -130,6 +149,23 @@ class Run:
         attempts = self.attempts()
         agent = attempts[-1].agent() if attempts else None
         return attempts[-1] if agent is not None and agent.is_alive() else None
+
+    def end_job(self, job_id: str, restart: int, outcome: str) -> None:
+        """Say to a job's other nodes that no attempt follows in this start of it. Called by the leader, last."""
+        path = self._job_end_path(job_id, restart)
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, {"time": time.time(), "outcome": outcome})
+
+    def job_end(self, job_id: str, restart: int) -> str | None:
+        """The outcome with which the leader left; None while it is there."""
+        path = self._job_end_path(job_id, restart)
+        if path not in path.parent.glob("ended-*"):  # a listing: a network file system then looks anew
+            return None
+        record = read_json(path)
+        return str(record["outcome"]) if isinstance(record, dict) else None
+
+    def _job_end_path(self, job_id: str, restart: int) -> Path:
+        return self.path / "jobs" / f"ended-{job_id}-{restart}.json"
 
     def deadly_checkpoints(self) -> set[str]:
         """Names of checkpoints that two attempts or more began to load and were not heard of again."""
@@ -155,12 +191,12 @@ class Attempt:
         return self.run.path / "attempts" / f"{self.number:04d}"
 
     def record(self) -> dict[str, Any]:
-        """attempt.json: job id, scheduler, agent; empty if it cannot be read."""
+        """attempt.json: job id, scheduler, restart, agent; empty if it cannot be read."""
         record = read_json(self.path / "attempt.json")
         return record if isinstance(record, dict) else {}
 
     def agent(self) -> ProcessIdentity | None:
-        """The process that runs the attempt."""
+        """The process that runs the attempt; of several nodes the leader's."""
         return ProcessIdentity.from_json(self.record().get("agent"))
 
     def is_newest(self) -> bool:
@@ -179,8 +215,17 @@ class Attempt:
                 f"attempt {self.number} of {self.run.name} was superseded by attempt {newest}: it commits nothing more"
             )
 
+    def set_grace(self, seconds: float) -> None:
+        """Write down what the scheduler gives at preemption. Called by the agent."""
+        write_json(self.path / "grace.json", {"seconds": seconds})
+
+    def grace_s(self) -> float | None:
+        """What the scheduler gives at preemption, where that is known."""
+        record = read_json(self.path / "grace.json")
+        return float(record["seconds"]) if isinstance(record, dict) and "seconds" in record else None
+
     def set_end(self, unix_s: float) -> None:
-        """Write down when the scheduler means to end the job. Called by the agent after a notice."""
+        """Write down when the scheduler means to end the job. Called by an agent after a notice; all write the same."""
         write_json(self.path / "deadline.json", {"unix_s": unix_s})
 
     def end_unix_s(self) -> float | None:

@@ -1,4 +1,4 @@
-"""Who a process is, so that a pid that was given to somebody else is never mistaken for it."""
+"""Who a process is and on which node, so that a pid that was given to somebody else is never mistaken for it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ import socket
 from typing import Any
 
 
+def node_name() -> str:
+    """This node: its name in Slurm inside a job, which need not be its host name; else the host name."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 @dataclasses.dataclass(frozen=True)
 class ProcessIdentity:
-    """A process for all time: host, pid, and when it started (unix seconds)."""
+    """A process for all time: node, pid, and when it started (unix seconds)."""
 
     host: str
     pid: int
@@ -19,7 +24,7 @@ class ProcessIdentity:
 
     @classmethod
     def of(cls, pid: int | None = None) -> ProcessIdentity:
-        """The identity of a living process of this host, by default our own.
+        """The identity of a living process of this node, by default our own.
 
         Raises:
             ProcessLookupError: there is no such process.
@@ -28,9 +33,9 @@ class ProcessIdentity:
 
         pid = os.getpid() if pid is None else pid
         try:
-            return cls(socket.gethostname(), pid, psutil.Process(pid).create_time())
+            return cls(node_name(), pid, psutil.Process(pid).create_time())
         except psutil.NoSuchProcess:
-            raise ProcessLookupError(f"there is no process {pid} on {socket.gethostname()}") from None
+            raise ProcessLookupError(f"there is no process {pid} on {node_name()}") from None
 
     @classmethod
     def from_json(cls, value: Any) -> ProcessIdentity | None:
@@ -41,8 +46,8 @@ class ProcessIdentity:
             return None
 
     def is_alive(self) -> bool | None:
-        """True or False on its own host; None on any other, where nobody can tell."""
-        if self.host != socket.gethostname():
+        """True or False on its own node; None on any other and outside of its job, where nobody can tell."""
+        if self.host != node_name():
             return None
         import psutil
 

@@ -37,7 +37,13 @@ _WORDS: dict[str, Callable[[Event], str | None]] = {
     "resumed": lambda e: f"resumed by hand after attempt {e.get('after_attempt')}",
     "attempt_started": lambda e: f"attempt started (job {e.get('job_id', '-')})",
     "placed": lambda e: f"placed on {', '.join(e.get('devices', []))}: {e.get('why')}",
+    "node_started": lambda e: f"node {e.get('node')} ({e.get('host')}) takes part",
     "environment_changed": lambda e: f"WARNING environment changed, {e.get('note')}: {'; '.join(e.get('changes', []))}",
+    "forecast": lambda e: (
+        f"WARNING {e['warning']}. To change it: {e.get('advice')}"
+        if e.get("warning")
+        else f"a notice fits: needs {_figure(e.get('needs_s'))} s of {_figure(e.get('grace_s'))} s grace"
+    ),
     "workload_built": lambda e: f"workload built in {_seconds(e)}",
     "restored": lambda e: f"resumed at step {e.get('step')} in {_seconds(e)}" if e.get("step") else "starts at step 0",
     "training_started": lambda e: f"training from step {e.get('step')} to {e.get('total_steps')}",

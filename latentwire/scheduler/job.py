@@ -4,20 +4,47 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import socket
+import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from latentwire.preemption.handler import blocked
+from latentwire.run.atomic import write_json
+from latentwire.run.budget import next_move
 from latentwire.run.directory import Attempt, Run
 from latentwire.run.journal import Journal
+from latentwire.run.process import node_name
 from latentwire.scheduler import slurm
+
+if TYPE_CHECKING:
+    from latentwire.train.agent import Agent
+    from latentwire.train.allocation import Allocation
+
+_STARTS_AGAIN = ("preempted", "lost", "fenced")
+"""Outcomes after which the job, or a newer one, goes on with the run."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LocalAllocation:
-    """A job of the local executor: nobody takes its machine away but a person."""
+    """A job of the local executor: one node, and nobody takes it away but a person."""
 
     job_id: str
     scheduler: str = "local"
+    restart: int = 0
+    node_rank: int = 0
+    num_nodes: int = 1
+    num_gpus: int | None = None
+
+    def address(self) -> str:
+        """Of this machine, for itself."""
+        return "127.0.0.1"
+
+    def grace_s(self) -> float | None:
+        """Not known: it is for the person to say."""
+        return None
 
     def end_unix_s(self) -> float | None:
         """Not known."""
@@ -26,14 +53,47 @@ class LocalAllocation:
 
 @dataclasses.dataclass(frozen=True)
 class SlurmAllocation:
-    """A Slurm job."""
+    """A Slurm job, as the task on one of its nodes sees it."""
 
     job_id: str
+    restart: int = 0
+    node_rank: int = 0
+    num_nodes: int = 1
+    num_gpus: int | None = None
     scheduler: str = "slurm"
 
+    @classmethod
+    def of_this_task(cls, environ: Mapping[str, str]) -> SlurmAllocation:
+        """What Slurm has put into the environment of a task that srun started."""
+        job_id = slurm.own_job_id(environ)
+        assert job_id is not None
+        return cls(
+            job_id=job_id,
+            restart=slurm.restart_count(environ),
+            node_rank=int(environ.get("SLURM_NODEID", 0)),
+            num_nodes=int(environ.get("SLURM_STEP_NUM_NODES", 1)),
+            num_gpus=_num_gpus(environ),
+        )
+
+    def address(self) -> str:
+        """NodeAddr of this node, by which Slurm's own daemons reach it; else the host's name."""
+        return slurm.node_address(node_name()) or socket.gethostname()
+
+    def grace_s(self) -> float | None:
+        """The partition's GraceTime."""
+        return slurm.grace_time(self.job_id)
+
     def end_unix_s(self) -> float | None:
-        """EndTime as Slurm gives it now: during grace that is its end."""
+        """What Slurm says now: the end of the grace, or of KillWait where the job is being ended."""
         return slurm.end_time(self.job_id)
+
+
+def _num_gpus(environ: Mapping[str, str]) -> int | None:
+    """Slurm sets both with ``--gres=gpu:2``, and neither for a job without GPUs."""
+    if "SLURM_GPUS_ON_NODE" in environ:
+        return int(environ["SLURM_GPUS_ON_NODE"])
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    return len(visible.split(",")) if visible else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,40 +108,67 @@ class TrainingJob:
     scheduler: str = "local"
 
     def __call__(self) -> str:
-        """Run the agent until it is done with this allocation; returns the last attempt's outcome. Main thread.
+        """Run this node's agent until it is done with the allocation; returns the last attempt's outcome. Main thread.
 
-        A preempted Slurm job puts itself back into the queue and does not return: what submitit wrote after a return
-        would end the job for good.
+        A Slurm job that starts again, here or elsewhere, does not return: what submitit wrote after a return would end
+        it for good.
         """
         from latentwire.train.agent import Agent  # the one place where the scheduler's side meets the training side
+        from latentwire.train.follower import Follower
 
         run = Run(Path(self.run_path))
         if self.scheduler != "slurm":
             return Agent(run, LocalAllocation(str(os.getppid()))).main().outcome
-        job_id = slurm.own_job_id()
-        assert job_id is not None
-        if slurm.is_being_preempted(job_id):  # the notice came before anybody could hear it
-            outcome = "preempted"
-        else:
-            outcome = Agent(run, SlurmAllocation(job_id)).main().outcome
-        if outcome == "preempted":
-            _requeue(run, job_id)
+        allocation = SlurmAllocation.of_this_task(os.environ)
+        if allocation.node_rank == 0:
+            return _lead(Agent(run, allocation))
+        outcome = Follower(run, allocation).main()
+        if outcome in _STARTS_AGAIN:
+            os._exit(0)
         return outcome
 
 
-def _requeue(run: Run, job_id: str) -> None:
-    result = slurm.requeue(job_id)
-    attempts = [attempt for attempt in run.attempts() if attempt.record().get("job_id") == job_id]
-    if attempts:
-        _write_down(attempts[-1], result)
+def _lead(agent: Agent) -> str:
+    outcome = "failed"
+    try:
+        with blocked():  # the agent's handlers unblock them, so that a notice is either found here or heard there
+            is_late = slurm.is_ending(agent.allocation.job_id)
+            outcome = "preempted" if is_late else agent.main().outcome
+    finally:
+        if agent.allocation.num_nodes > 1:
+            _tell_followers(agent.run, agent.allocation, outcome)
+    if agent.attempt is not None and not agent.attempt.is_newest():
+        os._exit(0)  # the run goes on elsewhere, perhaps as this very job: its requeue and its result are not ours
+    if outcome == "preempted" or (outcome == "lost" and next_move(agent.run, agent.config.retry).again):
+        _give_back(agent.run, agent.allocation, agent.attempt)
+    return outcome
+
+
+def _tell_followers(run: Run, allocation: Allocation, outcome: str) -> None:
+    try:
+        run.end_job(allocation.job_id, allocation.restart, outcome)
+    except OSError as error:  # a full disk must not keep the job from being requeued, which ends the followers too
+        print(f"the other nodes of job {allocation.job_id} could not be told of its end: {error}", file=sys.stderr)
+
+
+def _give_back(run: Run, allocation: Allocation, attempt: Attempt | None) -> None:
+    """Have the job started again, and end it here; where that cannot be, say so and return."""
+    job_id = allocation.job_id
+    result = slurm.requeue(job_id, allocation.restart)
+    end = attempt.end_unix_s() if attempt is not None else None
+    given_back_s = None if end is None else round(end - time.time(), 1)
+    _write_down(attempt, "requeue", done=result.done, reason=result.reason, given_back_s=given_back_s)
     if result.done:
         os._exit(0)
+    if not run.cancel_path.exists() and slurm.was_cancelled(job_id, allocation.restart):
+        # Slurm forgets it in minutes, the run does not
+        write_json(run.cancel_path, {"time": time.time(), "by": f"scancel of job {job_id}"})
+        _write_down(attempt, "job_cancelled", job_id=job_id)
 
 
-def _write_down(attempt: Attempt, result: slurm.Requeue) -> None:
-    end = attempt.end_unix_s()
-    journal = Journal(attempt.path / "events.agent.jsonl")
-    given_back_s = None if end is None else round(end - time.time(), 1)
-    journal.event("requeue", done=result.done, reason=result.reason, given_back_s=given_back_s)
-    journal.sync()
-    journal.close()
+def _write_down(attempt: Attempt | None, event: str, **fields: Any) -> None:
+    if attempt is not None:
+        journal = Journal(attempt.path / "events.agent.jsonl")
+        journal.event(event, **fields)
+        journal.sync()
+        journal.close()

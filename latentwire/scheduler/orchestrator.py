@@ -26,7 +26,7 @@ from latentwire.scheduler.submission import Request, is_permanent, scheduler_kin
 from latentwire.scheduler.watched import Watched
 
 _FEW = 8
-_LOOK_S, _LOOK_AT_MANY_S = 0.5, 2.0
+_LOOK_S, _LOOK_AT_MANY_S = 0.5, 5.0
 _FOLD_S, _FOLD_MANY_S = 0.5, 10.0
 _ASK_S, _ASK_EAGERLY_S, _EAGER_FOR_S = 10.0, 1.0, 20.0
 _RENEW_S = 60.0
@@ -111,12 +111,15 @@ class Orchestrator:
             return
         self._next_ask = now + (_ASK_EAGERLY_S if now < self._eager_until else _ASK_S)
         try:
-            queue = ask([job for watched in open_ones for job in watched.chain()])
+            cut_short = any(watched.is_unsure() and self._is_slurm(watched) for watched in open_ones)
+            queue = ask([job for watched in open_ones for job in watched.chain()], unknown_ones=cut_short)
         except SchedulerError as error:
             log.warning("the scheduler does not answer, waiting: %s", error)
             return
-        self._submit(self._advance_all(open_ones, queue))
-        self._tell_news()
+        due = self._advance_all(open_ones, queue)
+        if due:
+            self._submit(due)
+            self._tell_news()
 
     def _renew(self) -> None:
         if self._clock() < self._next_renewal:
@@ -149,13 +152,16 @@ class Orchestrator:
         free = self._max_running - len(busy)
         due: list[Watched] = []
         for watched in open_ones:
-            if watched in busy or watched.done or len(due) >= free:
+            if watched in busy or watched.done or free <= 0:
                 continue
             try:
-                if self._is_due(watched, queue):
-                    due.append(watched)
+                due_at = self._due_at(watched)
             except (LatentWireError, OSError) as error:  # an OSError: its directory was removed, or cannot be written
                 self._give_up(watched, str(error))
+                continue
+            if due_at is not None:
+                free -= 1  # one that pauses keeps its place
+                due += [watched] if self._clock() >= due_at else []
         return due
 
     def _is_busy(self, watched: Watched, queue: Queue) -> bool:
@@ -183,10 +189,11 @@ class Orchestrator:
         run = watched.run
         since = watched.resumed_at() if any(queue.was_cancelled(job) for job in chain) else 0.0
         cancelled = [job for job in chain if queue.was_cancelled(job) and job.submitted > since]
-        if cancelled and not run.cancel_path.exists():
+        if cancelled and not watched.is_cancelled:
             write_json(run.cancel_path, {"time": self._clock(), "by": f"scancel of job {cancelled[0].job_id}"})
+            watched.is_cancelled = True
             watched.journal.event("job_cancelled", job_id=cancelled[0].job_id)
-        if not run.cancel_path.exists():
+        if not watched.is_cancelled:
             return
         for job in chain:
             state = queue.state_of(job)
@@ -195,16 +202,14 @@ class Orchestrator:
 
     def _is_being_submitted(self, watched: Watched, queue: Queue) -> bool:
         """An orchestrator that was killed may have left a submission under way, whose job is not written down yet."""
-        last = watched.last_event()
-        number = int(last.get("number", 0))
-        unsure = last.get("event") in ("submitting", "submission_failed")
-        if not unsure or number <= (watched.jobs[-1].number if watched.jobs else 0):
+        if not watched.is_unsure():
             return False
+        last = watched.last_event
         found = queue.ids_with(str(last.get("token", "")))
         if last.get("task") is not None:
             found = [job_id for job_id in found if job_id.endswith(f"_{last['task']}")]
         if found:
-            self._adopt(watched, number, found)
+            self._adopt(watched, int(last["number"]), found)
             return True
         return last["event"] == "submitting" and self._clock() - time_of(last) < _SUBMISSION_TAKES_S
 
@@ -217,34 +222,34 @@ class Orchestrator:
         watched.refresh()
         watched.submitted(watched.chain()[0], found=True)
 
-    def _is_due(self, watched: Watched, queue: Queue) -> bool:
-        """Of a run without a job: whether to submit one now. Else it waits, or is done."""
+    def _due_at(self, watched: Watched) -> float | None:
+        """When the next job of a run without one is due, unix seconds; None: never again."""
         run, attempt = watched.run, watched.attempts[-1] if watched.attempts else None
-        if run.cancel_path.exists():
+        if watched.is_cancelled:
             watched.done = True
-            return False
+            return None
         ended = attempt.ended() if attempt is not None else None
         unheard = watched.num_unheard_jobs()
         if unheard and (ended is None or ended.get("outcome") != "finished"):
-            return self._is_due_after_a_death(watched, unheard)
+            return self._due_after_a_death(watched, unheard)
         if attempt is not None and ended is None:
             watched.tell_lost(attempt)
         move = next_move(run, watched.config.retry)
         if move.again:
-            return self._clock() >= max(watched.retry_at, time_of(ended or {}) + move.pause_s)
+            return max(watched.retry_at, time_of(ended or {}) + move.pause_s)
         if move.reason in ("finished", "interrupted", "cancelled"):
             watched.done = True
         else:
             self._give_up(watched, move.reason)
-        return False
+        return None
 
-    def _is_due_after_a_death(self, watched: Watched, unheard: int) -> bool:
+    def _due_after_a_death(self, watched: Watched, unheard: int) -> float | None:
         """The last job is gone and never made an attempt."""
         reason = watched.tell_death(watched.jobs[-1])
         if unheard <= watched.config.retry.other:
-            return self._clock() >= watched.retry_at
+            return watched.retry_at
         self._give_up(watched, f"{unheard} jobs in a row died before they started: {reason}")
-        return False
+        return None
 
     @staticmethod
     def _give_up(watched: Watched, reason: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,11 +11,18 @@ from typing import Any
 from latentwire.config import Config
 from latentwire.run.directory import PREFIX
 
+_DEAF = """sh -c 'trap "" TERM INT USR1 USR2; exec "$0" "$@"'"""
+"""Starts a program to which these signals do nothing: one that came while Python starts (seconds, on a network file
+system) would end the job as failed. The job asks Slurm what it may have missed."""
+
+PYTHON = f"{_DEAF} {shlex.quote(sys.executable)}"
+"""How a job starts Python."""
+
 
 def script(config: Config, runs_dir: Path) -> str:
     """The sbatch script of the config's job, exactly as it is submitted, but for its token."""
     folder = runs_dir.absolute() / f"{PREFIX}{config.name}" / "submitit" / "%j"
-    command = f"{sys.executable} -u -m submitit.core._submit {folder}"
+    command = f"{PYTHON} -u -m submitit.core._submit {shlex.quote(str(folder))}"
     return sbatch_text(command, folder, slurm_parameters(config, "TOKEN"))
 
 

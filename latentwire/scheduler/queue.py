@@ -111,8 +111,16 @@ class Queue:
         return [job_id for job_id, state in self._states.items() if comment and state.comment == comment]
 
 
-def ask(jobs: Sequence[Job], runner: Runner = run_command, accounting: Runner = run_once) -> Queue:
+def ask(
+    jobs: Sequence[Job], unknown_ones: bool = False, runner: Runner = run_command, accounting: Runner = run_once
+) -> Queue:
     """The queue with at least these jobs: one call of squeue for any number of them; blocks for it.
+
+    Args:
+        jobs: of any scheduler.
+        unknown_ones: ask Slurm also where none of ``jobs`` is its: one may have been submitted and not written down.
+        runner: runs squeue.
+        accounting: runs sacct, once: many a site has none.
 
     Slurm's controller forgets a job some minutes after its end (MinJobAge); what became of it then the accounting
     knows, where a site has one. ``scontrol show job`` asks the same controller and would add nothing.
@@ -122,7 +130,7 @@ def ask(jobs: Sequence[Job], runner: Runner = run_command, accounting: Runner = 
     """
     states = {j.job_id: JobState("RUNNING") for j in jobs if j.scheduler == "local" and j.is_alive()}
     wanted = {job.job_id for job in jobs if job.scheduler == "slurm"}
-    if not wanted:
+    if not wanted and not unknown_ones:
         return Queue(states)
     states |= _parse_squeue(runner(_SQUEUE))
     forgotten = wanted - set(states)

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from latentwire.config import Config, SchedulerSection
@@ -23,7 +23,7 @@ from latentwire.run.directory import Run
 from latentwire.run.process import ProcessIdentity
 from latentwire.scheduler.jobs import Job, list_jobs, read_job, write_job
 from latentwire.scheduler.ladder import best_rung
-from latentwire.scheduler.parameters import slurm_parameters
+from latentwire.scheduler.parameters import PYTHON, slurm_parameters
 
 _YEAR_MIN = 60 * 24 * 365
 _PING_S = 30.0
@@ -87,7 +87,6 @@ def submit(request: Request) -> list[Job]:
             stdout=output,
             stderr=output,
             start_new_session=True,
-            env=_outside_of_any_job(os.environ),
             check=False,
         )
     jobs = [read_job(run, number) for run, number in request.entries]
@@ -107,15 +106,6 @@ _PERMANENT = re.compile(
 def is_permanent(error: SchedulerError) -> bool:
     """Whether a refusal would be the same next time: a partition or an account that is wrong, more than a node has."""
     return _PERMANENT.search(str(error)) is not None
-
-
-def _outside_of_any_job(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment without what a job would hand down to jobs that are submitted from inside it."""
-    return {
-        key: value
-        for key, value in environ.items()
-        if key == "SLURM_CONF" or not key.startswith(("SLURM_", "SLURMD_", "SBATCH_", "SUBMITIT_"))
-    }
 
 
 # --- in the process that submits --------------------------------------------------------------------------------------
@@ -154,13 +144,14 @@ def _submit_to_slurm(request: Request, config: Config) -> None:
 
     from latentwire.scheduler.job import TrainingJob
 
+    _leave_the_job_around_us()
     runs = [run for run, _ in request.entries]
     parent = runs[0].path if len(runs) == 1 else runs[0].path.parent
     gpus = best_rung(config)
     parameters = slurm_parameters(config, request.token, gpus)
     if len(runs) > 1:
         parameters["job_name"] = "latentwire-fleet"
-    executor = submitit.SlurmExecutor(folder=parent / "submitit" / "%j")
+    executor = submitit.SlurmExecutor(folder=parent / "submitit" / "%j", python=PYTHON)
     executor.update_parameters(**parameters)
     with executor.batch():
         jobs = [executor.submit(TrainingJob(str(run.path), "slurm")) for run in runs]
@@ -173,6 +164,13 @@ def _submit_to_slurm(request: Request, config: Config) -> None:
         job_id = executor.submit(TrainingJob(str(run.path), "slurm")).job_id
         write_job(run, number + extra, job_id, "slurm", gpus=gpus, after=before)
         before = job_id
+
+
+def _leave_the_job_around_us() -> None:
+    """Drop what an orchestrator that is a job itself would hand down to the jobs that it submits."""
+    for key in list(os.environ):
+        if key != "SLURM_CONF" and key.startswith(("SLURM_", "SLURMD_", "SBATCH_", "SUBMITIT_")):
+            del os.environ[key]
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from latentwire.scheduler.jobs import Job, list_jobs
 
 _FIRST_PAUSE_S = 5.0
 _LONGEST_PAUSE_S = 300.0
-_FILES = ("events.agent.jsonl", "events.rank0.jsonl", "metrics.jsonl")
+_TOLD = ("events.agent.jsonl", "events.rank0.jsonl")
+_FILES = (*_TOLD, "metrics.jsonl")
 
 
 class Watched:
@@ -27,7 +28,7 @@ class Watched:
 
     Attributes:
         done: nothing more is to be done for it.
-        attempts: as of the last ``refresh``, like ``jobs``.
+        attempts: as of the last ``refresh``, like ``jobs``, ``is_cancelled`` and the orchestrator's own ``last_event``.
         status: as of the last ``fold``.
         retry_at: no submission before this time, unix seconds.
         submitting: number and token of the submission under way; in its events, so that a job can be found by them.
@@ -47,12 +48,15 @@ class Watched:
         self.submitting: dict[str, Any] = {}
         self.attempts: list[Attempt] = []
         self.jobs: list[Job] = []
+        self.is_cancelled = False
+        self.last_event: dict[str, Any] = {}
         self.status: RunStatus = run_status(run)
         self._num_failures = 0
         self._signature: tuple[Any, ...] = ()
         self._folded: tuple[Any, ...] = ()
         self._folded_at = 0.0
         self._followers: dict[Path, Follower] = {}
+        self._files = self._files_that_matter()
         self.refresh()  # its news were told by an earlier orchestrator
 
     def refresh(self) -> list[dict[str, Any]]:
@@ -62,7 +66,10 @@ class Watched:
             return []
         self._signature = signature
         self.attempts = self.run.attempts()
+        self._files = self._files_that_matter()
         self.jobs = list_jobs(self.run)
+        self.last_event = last_record(self.run.orchestrator_events) or {}
+        self.is_cancelled = self.run.cancel_path.exists()
         return self._read_news()
 
     def fold(self, now: float, at_most_every_s: float) -> None:
@@ -78,9 +85,10 @@ class Watched:
         firsts = [index for index, job in enumerate(self.jobs) if job.after is None]
         return self.jobs[firsts[-1] :] if firsts else []
 
-    def last_event(self) -> dict[str, Any]:
-        """The orchestrator's own last word on the run."""
-        return last_record(self.run.orchestrator_events) or {}
+    def is_unsure(self) -> bool:
+        """Whether a submission was begun, or failed, of which there is no job: the scheduler may know better."""
+        begun = self.last_event.get("event") in ("submitting", "submission_failed")
+        return begun and int(self.last_event.get("number", 0)) > (self.jobs[-1].number if self.jobs else 0)
 
     def resumed_at(self) -> float:
         """When a person last asked for the run again, unix seconds; 0: never."""
@@ -144,16 +152,20 @@ class Watched:
     def _own(self, name: str) -> list[dict[str, Any]]:
         return [r for r in read_journal(self.run.orchestrator_events) if r.get("event") == name]
 
-    def _sign(self) -> tuple[Any, ...]:
-        """Changes whenever a file does that decides what to do, or that is shown."""
+    def _files_that_matter(self) -> list[str]:
+        """Strings: a path object costs more to make than the file to look at."""
         run = self.run
         paths = [run.path / "attempts", run.path / "jobs", run.orchestrator_events, run.cancel_path]
         if self.attempts:
             paths += [self.attempts[-1].path / name for name in _FILES]
-        return tuple(_stamp(path) for path in paths)
+        return [str(path) for path in paths]
+
+    def _sign(self) -> tuple[Any, ...]:
+        """Changes whenever a file does that decides what to do, or that is shown."""
+        return tuple(map(_stamp, self._files))
 
     def _read_news(self) -> list[dict[str, Any]]:
-        paths = [path for attempt in self.run.attempts() for path in sorted(attempt.path.glob("events.*.jsonl"))]
+        paths = [attempt.path / name for attempt in self.attempts for name in _TOLD]
         for path in [*paths, self.run.orchestrator_events]:
             self._followers.setdefault(path, Follower(path))
         return sorted((event for follower in self._followers.values() for event in follower.read()), key=time_of)
@@ -163,7 +175,7 @@ def _error_logs(folder: Path, job: Job) -> list[Path]:
     return list((folder / "submitit").glob(f"{job.job_id}/*.err"))
 
 
-def _stamp(path: Path) -> tuple[int, int] | None:
+def _stamp(path: str) -> tuple[int, int] | None:
     try:
         stat = os.stat(path)
     except OSError:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import os
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 
+MEET_WITHIN = datetime.timedelta(minutes=10)
+"""From the first rank to the last; torch may take minutes to come from a network file system."""
 TIMEOUT = datetime.timedelta(minutes=30)
 
 
@@ -22,10 +26,18 @@ class Ranks:
 
     @classmethod
     def connect(cls) -> Ranks:
-        """Join the others as RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT say. Blocks until all came."""
+        """Join the others as RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT say. Blocks until all came.
+
+        Raises:
+            ConnectionError: they did not meet; so do all collectives where a rank is lost.
+        """
         ranks = cls(*(int(os.environ.get(key, d)) for key, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))
-        if ranks.world_size > 1:
-            dist.init_process_group("gloo", rank=ranks.rank, world_size=ranks.world_size, timeout=TIMEOUT)
+        rank, size = ranks.rank, ranks.world_size
+        if size > 1:
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            with _lost_ranks_are_a_network_failure():
+                store = dist.TCPStore(address, port, size, rank == 0, timeout=MEET_WITHIN)  # type: ignore[attr-defined]
+                dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
         return ranks
 
     def disconnect(self) -> None:
@@ -38,16 +50,28 @@ class Ranks:
         if self.world_size == 1:
             return values
         tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        with _lost_ranks_are_a_network_failure():
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor.tolist()
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks of a CPU tensor. Collective. Exact where each item is non-zero on one rank only."""
         if self.world_size > 1:
-            dist.all_reduce(values, op=dist.ReduceOp.SUM)
+            with _lost_ranks_are_a_network_failure():
+                dist.all_reduce(values, op=dist.ReduceOp.SUM)
         return values
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> None:
         """Overwrite the tensor with the source rank's. Collective."""
         if self.world_size > 1:
-            dist.broadcast(tensor, src=source)
+            with _lost_ranks_are_a_network_failure():
+                dist.broadcast(tensor, src=source)
+
+
+@contextlib.contextmanager
+def _lost_ranks_are_a_network_failure() -> Iterator[None]:
+    """Gloo tells of a broken connection by a bare RuntimeError, which could be anything."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConnectionError(f"the ranks lost each other: {error}") from error

@@ -85,8 +85,7 @@ def _train(run: Run, attempt: Attempt, config: Config, handler: PreemptionHandle
     if isinstance(target, type):
         from latentwire.train.loop import train
 
-        record = read_json(attempt.path / "placement.json")
-        placement = Placement(**record | {"devices": tuple(record["devices"])})
+        placement = Placement.from_json(read_json(attempt.path / "placement.json"))
         train(session, target(config.workload.options), placement)
     else:
         target(session)

@@ -47,7 +47,7 @@ SelectTypeParameters=CR_Core
 GresTypes=gpu
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-KillWait=5
+KillWait=10
 SlurmdTimeout=10
 MpiDefault=none
 ReturnToService=2
@@ -95,10 +95,10 @@ class Cluster:
         key.chmod(0o400)
         options = [f"--pid-file={pid}", f"--socket={sock}", f"--log-file={log}", f"--seed-file={seed}"]
         self.run("munged", f"--key-file={key}", *options, "--force")
-        self.run("slurmctld", "-c")
+        self.start_controller()
         for node in NODES:
             self.start_node(node)
-        self.wait_until(lambda: self.run("sinfo", "-h", "-p", "preempt", "-o", "%T %D").split() == ["idle", "2"])
+        self.wait_until_idle()
 
     def down(self) -> None:
         """End everything, whatever state it is in, and leave the folder."""
@@ -107,19 +107,33 @@ class Cluster:
         for name in [*(f"slurmd-{node}" for node in NODES), "slurmctld", "munge"]:
             self.end(name, signal.SIGTERM)
 
+    def start_controller(self) -> None:
+        """Start slurmctld, unless it runs; it knows its jobs from before."""
+        if not _is_running(self._pid("slurmctld")):
+            self.run("slurmctld")
+
     def start_node(self, node: str) -> None:
         """Start a node's daemon."""
         (self.folder / f"spool-{node}").mkdir(exist_ok=True)
         self.run("slurmd", "-N", node, "-b")
 
+    def wait_until_idle(self) -> None:
+        """Wait until both nodes are up and nothing runs on them."""
+        self.wait_until(lambda: self.run("sinfo", "-h", "-p", "preempt", "-o", "%T %D").split() == ["idle", "2"])
+
     def end(self, name: str, signum: signal.Signals) -> None:
         """Send a daemon a signal by its pid file, and wait until it is gone."""
-        try:
-            pid = int((self.folder / f"{name}.pid").read_text())
+        pid = self._pid(name)
+        if _is_running(pid):
             os.kill(pid, signum)
-        except (FileNotFoundError, ValueError, ProcessLookupError):
-            return
-        self.wait_until(lambda: not _is_running(pid))
+            self.wait_until(lambda: not _is_running(pid))
+
+    def _pid(self, name: str) -> int:
+        """Of a daemon; 0 if it was never started."""
+        try:
+            return int((self.folder / f"{name}.pid").read_text())
+        except (FileNotFoundError, ValueError):
+            return 0
 
     def run(self, *command: str) -> str:
         """Standard output of a command of the cluster.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from latentwire.config import Config, parse_config
 from latentwire.elastic.inventory import Inventory, cpu_model
-from latentwire.elastic.planner import plan
+from latentwire.elastic.planner import Placement, plan
 from latentwire.elastic.schedule import MAX_REPLICAS, micro_batches_of, num_slots, owner_of, segments
 from latentwire.errors import ConfigError
 from latentwire.train.order import SampleOrder, derive_seed
@@ -133,7 +135,7 @@ def test_seeds_are_of_63_bits_and_follow_from_their_parts(parts: list[int | str]
 # ---- Placement -------------------------------------------------------------------------------------------------------
 
 
-def config(num_ranks: int = 1, micro_batch: int = 8) -> Config:
+def config(num_ranks: int | None = 1, micro_batch: int = 8) -> Config:
     tree = {
         "name": "plan",
         "workload": {"target": "json:JSONDecoder"},
@@ -166,6 +168,39 @@ def test_ranks_take_one_device_each() -> None:
 def test_more_ranks_than_there_is_room_for(num_ranks: int, gpus: list[str]) -> None:
     with pytest.raises(ConfigError, match=r"elastic\.num_ranks"):
         plan(config(num_ranks), gpus, 0)
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "gpus", "num_nodes", "num_gpus", "devices", "nodes"),
+    [
+        (None, ["H200"] * 2, 2, 2, ["cuda:0", "cuda:1", "cuda:0", "cuda:1"], [0, 0, 1, 1]),
+        (None, [], 2, 2, ["cpu"] * 4, [0, 0, 1, 1]),
+        (None, [], 1, 4, ["cpu"] * 4, [0] * 4),
+        (None, [], 1, None, ["cpu"], [0]),
+        (None, [], 2, None, ["cpu"] * 2, [0, 1]),
+        (None, ["H200"] * 4, 1, 2, ["cuda:0", "cuda:1"], [0, 0]),
+        (None, ["H200"] * 4, 2, 4, ["cuda:0", "cuda:1", "cuda:0", "cuda:1"], [0, 0, 1, 1]),
+        (3, ["H200"] * 2, 2, 2, ["cuda:0", "cuda:1", "cuda:0"], [0, 0, 1]),
+        (1, ["H200"] * 2, 2, 2, ["cuda:0"], [0]),
+    ],
+)
+def test_ranks_are_spread_over_nodes_in_order(
+    num_ranks: int | None,
+    gpus: list[str],
+    num_nodes: int,
+    num_gpus: int | None,
+    devices: list[str],
+    nodes: list[int],
+) -> None:
+    placement = plan(config(num_ranks), gpus, 0, num_nodes, num_gpus)
+    assert (list(placement.devices), list(placement.nodes)) == (devices, nodes)
+    assert [rank for node in range(num_nodes) for rank in placement.ranks_on(node)] == list(range(len(devices)))
+    assert Placement.from_json(json.loads(json.dumps(dataclasses.asdict(placement)))) == placement
+
+
+def test_more_ranks_than_a_node_has_room_for() -> None:
+    with pytest.raises(ConfigError, match="the job sees 1 GPUs on each node"):
+        plan(config(4), ["H200"], 0, num_nodes=2, num_gpus=1)
 
 
 def test_an_inventory_says_what_may_change_bits() -> None:

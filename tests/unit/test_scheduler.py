@@ -1,13 +1,16 @@
-"""Where jobs go."""
+"""Where jobs go, and what they know of Slurm."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from latentwire.config import SchedulerSection
 from latentwire.errors import ConfigError
+from latentwire.scheduler import slurm
+from latentwire.scheduler.job import SlurmAllocation
 from latentwire.scheduler.submission import scheduler_kind
 
 NO_CLUSTER = "echo 'scontrol: fatal: Could not establish a configuration source' >&2; exit 1"
@@ -44,3 +47,36 @@ def test_slurm_without_sbatch_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(ConfigError, match="no sbatch on PATH"):
         scheduler_kind(SchedulerSection(kind="slurm"))
     assert scheduler_kind(SchedulerSection(kind="local")) == "local"
+
+
+def test_a_task_knows_its_node_from_its_environment() -> None:
+    environ = {"SLURM_JOB_ID": "77", "SLURM_NODEID": "1", "SLURM_STEP_NUM_NODES": "2", "SLURM_RESTART_COUNT": "3"}
+    assert SlurmAllocation.of_this_task(environ) == SlurmAllocation("77", 3, 1, 2, None)
+    assert SlurmAllocation.of_this_task(environ | {"SLURM_GPUS_ON_NODE": "2"}).num_gpus == 2
+    assert SlurmAllocation.of_this_task(environ | {"CUDA_VISIBLE_DEVICES": "0,1,5"}).num_gpus == 3
+    assert SlurmAllocation.of_this_task({"SLURM_JOB_ID": "77"}) == SlurmAllocation("77", 0, 0, 1, None)
+
+
+class Controller:
+    """Slurm's answers for one running job, and what was asked of it."""
+
+    def __init__(self, restarts: int) -> None:
+        self.restarts = restarts
+        self.commands: list[Sequence[str]] = []
+
+    def __call__(self, command: Sequence[str]) -> str:
+        self.commands.append(command)
+        self.restarts += "requeue" in command
+        return f"JobId=77 JobState=RUNNING Restarts={self.restarts}"
+
+
+def test_a_start_of_a_job_requeues_itself() -> None:
+    controller = Controller(restarts=1)
+    assert slurm.requeue("77", 1, controller) == slurm.Requeue(True, "requeued")
+    assert controller.restarts == 2
+
+
+def test_an_earlier_start_leaves_the_job_alone() -> None:
+    controller = Controller(restarts=2)
+    assert slurm.requeue("77", 1, controller).done
+    assert not [command for command in controller.commands if "requeue" in command]

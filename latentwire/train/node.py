@@ -1,0 +1,235 @@
+"""The processes of an attempt on one node: its ranks and its monitor. The leader has them, and each follower.
+
+Ranks are plain subprocesses that die with the agent that started them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+from latentwire.config import Config
+from latentwire.elastic.inventory import Inventory, cpu_model
+from latentwire.elastic.planner import Placement
+from latentwire.monitor.gpu import list_gpus
+from latentwire.preemption.handler import EXIT_CODE, Notice, PreemptionHandler, blocked
+from latentwire.run.atomic import read_json, write_json
+from latentwire.run.budget import Verdict
+from latentwire.run.directory import Attempt
+from latentwire.run.journal import Journal
+from latentwire.run.process import node_name
+from latentwire.train.allocation import Allocation
+from latentwire.train.verdicts import RankEnd, said_by_ranks
+from latentwire.train.worker import AGENT_PID
+
+_POLL_S = 0.1
+_KILL_AFTER_S = 20.0
+"""So long a rank may take to leave."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rendezvous:
+    """Where the ranks of an attempt meet: an address that each of them reaches, and a port on rank 0's node."""
+
+    address: str
+    port: int
+
+    def write(self, attempt: Attempt) -> None:
+        """Tell the followers. The leader's last word before it starts its ranks."""
+        write_json(attempt.path / "rendezvous.json", dataclasses.asdict(self))
+
+    @classmethod
+    def read(cls, attempt: Attempt) -> Rendezvous | None:
+        """What the leader wrote, None before it did."""
+        record = read_json(attempt.path / "rendezvous.json")
+        return cls(record["address"], record["port"]) if isinstance(record, dict) else None
+
+
+class NodeProcesses:
+    """Starts the ranks and the monitor of this node, hands signals on to them, and knows how they ended.
+
+    Args:
+        attempt: whose they are.
+        config: the run's.
+        allocation: the job, as this node sees it.
+        handler: of this process, the agent.
+        journal: the agent's.
+    """
+
+    def __init__(
+        self,
+        attempt: Attempt,
+        config: Config,
+        allocation: Allocation,
+        handler: PreemptionHandler,
+        journal: Journal,
+    ) -> None:
+        self._attempt, self._config, self._allocation = attempt, config, allocation
+        self._handler, self._journal = handler, journal
+        self._ranks: dict[int, subprocess.Popen[bytes]] = {}
+        self._monitor: subprocess.Popen[bytes] | None = None
+        self._passed_on: Notice | None = None
+        self._interrupted_twice = False
+
+    # --- starting -----------------------------------------------------------------------------------------------------
+
+    def start(self, placement: Placement, rendezvous: Rendezvous) -> None:
+        """Start the monitor and the ranks that are placed here.
+
+        Raises:
+            OSError: a process could not be started, or a log not be opened.
+        """
+        with blocked():  # what arrives before a rank's handlers stand waits for them
+            self._start_monitor()
+            for local_rank, rank in enumerate(placement.ranks_on(self._allocation.node_rank)):
+                self._start_rank(rank, local_rank, placement.world_size, rendezvous)
+
+    def _start_monitor(self) -> None:
+        suffix = node_suffix(self._allocation)
+        stats = ["--output-dir", str(self._attempt.path), "--file-name", f"gpu_stats{suffix}.jsonl"]
+        options = ["--interval", str(self._config.monitor.interval_s), "--until-stdin-closes"]
+        self._monitor = subprocess.Popen(
+            [sys.executable, "-m", "latentwire.monitor", *stats, *options],
+            stdin=subprocess.PIPE,
+            stdout=self._log(f"monitor{suffix}.log"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def _start_rank(self, rank: int, local_rank: int, world_size: int, rendezvous: Rendezvous) -> None:
+        environ = os.environ | {
+            AGENT_PID: str(os.getpid()),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(local_rank),
+            "WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": rendezvous.address,
+            "MASTER_PORT": str(rendezvous.port),
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),  # the ranks find what this process finds
+        }
+        run, number = self._attempt.run, self._attempt.number
+        command = ["-m", "latentwire.train.worker", "--run", str(run.path), "--attempt", str(number)]
+        self._ranks[rank] = subprocess.Popen(
+            [sys.executable, *command],
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            stdout=self._log(_log_name("stdout", rank)),
+            stderr=self._log(_log_name("stderr", rank)),
+            start_new_session=True,
+        )
+
+    def _log(self, name: str) -> int:
+        return os.open(self._attempt.path / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+
+    # --- watching -----------------------------------------------------------------------------------------------------
+
+    @property
+    def have_ended(self) -> bool:
+        """No rank runs here."""
+        return not self.running
+
+    @property
+    def running(self) -> list[int]:
+        """The ranks that have not ended."""
+        return [rank for rank, process in self._ranks.items() if process.poll() is None]
+
+    @property
+    def have_failed(self) -> bool:
+        """A rank ended otherwise than finished or preempted."""
+        return any(rank.poll() not in (None, 0, EXIT_CODE) for rank in self._ranks.values())
+
+    def ends(self) -> dict[int, RankEnd]:
+        """How the ranks that have ended did; what a rank did not say is read from its exit code."""
+        codes = {rank: code for rank, process in self._ranks.items() if (code := process.poll()) is not None}
+        said = {rank: end for rank, end in said_by_ranks(self._attempt).items() if rank in self._ranks}
+        return {rank: RankEnd(self._read_code(rank, code)) for rank, code in codes.items()} | said
+
+    def _read_code(self, rank: int, code: int) -> Verdict:
+        if code in (0, EXIT_CODE):  # it could not write more: the disk is full
+            return Verdict("preempted" if code else "finished", error=f"rank {rank} could not write how it ended")
+        if code < 0 and self._handler.notice is not None:
+            return Verdict("preempted", step=None, error=f"rank {rank} was ended by {signal.Signals(-code).name}")
+        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+        error = f"rank {rank} ended {how}: {self._last_line(rank)}"
+        return Verdict("failed", "killed" if code < 0 else "other", error=error)
+
+    def _last_line(self, rank: int) -> str:
+        log = self._attempt.path / _log_name("stderr", rank)
+        lines = log.read_text(errors="replace").strip().splitlines()
+        return lines[-1][:300] if lines else "it left no message"
+
+    def pass_signals_on(self) -> None:
+        """Hand on what this process was told since the last call. After a notice it asks the scheduler: a second."""
+        notice = self._handler.notice
+        if notice is not None and self._passed_on is None:
+            self._passed_on = notice
+            self._journal.event("notice", signal=notice.signal, received=round(notice.unix_s, 3))
+            self._signal(signal.SIGTERM)  # not INT: Slurm may have sent that to the ranks too, and twice means at once
+            end = self._allocation.end_unix_s()
+            if end is not None:
+                self._attempt.set_end(end)
+        if self._handler.leave_now and not self._interrupted_twice:
+            self._interrupted_twice = True
+            self._signal(signal.SIGKILL)  # at once, wherever a rank stands; what is committed is safe from it
+        if self._handler.take_save_request():
+            self._signal(signal.Signals[f"SIG{self._config.preemption.save_signal}"])
+            self._journal.event("save_requested")
+
+    def _signal(self, signum: signal.Signals) -> None:
+        for rank in self._ranks.values():
+            if rank.poll() is None:
+                rank.send_signal(signum)
+
+    # --- the end ------------------------------------------------------------------------------------------------------
+
+    def end(self, kill_after_s: float = _KILL_AFTER_S) -> None:
+        """No rank outlives the attempt; the monitor ends with its input. Blocks until all are gone."""
+        self._signal(signal.SIGTERM)
+        deadline = time.monotonic() + kill_after_s
+        for rank in self._ranks.values():
+            try:
+                rank.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                rank.kill()
+                rank.wait()
+        if self._monitor is not None:
+            assert self._monitor.stdin is not None
+            self._monitor.stdin.close()
+            try:
+                self._monitor.wait(5.0)
+            except subprocess.TimeoutExpired:
+                self._monitor.kill()
+                self._monitor.wait()
+
+
+def node_suffix(allocation: Allocation) -> str:
+    """What stands in the names of a node's own files: nothing for the leader's, else ``.node1`` and so on."""
+    return f".node{allocation.node_rank}" if allocation.node_rank else ""
+
+
+def write_environment(attempt: Attempt, allocation: Allocation, inventory: Inventory) -> None:
+    """Write down what this node has. Of a follower it also says that it has come."""
+    facts = dataclasses.asdict(inventory) | {"host": node_name(), "python": platform.python_version()}
+    write_json(attempt.path / f"environment{node_suffix(allocation)}.json", facts)
+
+
+def take_inventory() -> Inventory:
+    """What this node has. Called by the agents; asks the GPU driver, not torch."""
+    packages = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
+    cpuinfo = Path("/proc/cpuinfo")
+    return Inventory(
+        gpus=tuple(gpu.name for gpu in list_gpus()),
+        cpu_model=cpu_model(cpuinfo.read_text().splitlines() if cpuinfo.exists() else []),
+        versions={package: metadata.version(package) for package in packages},
+    )
+
+
+def _log_name(stream: str, rank: int) -> str:
+    return f"{stream}.log" if rank == 0 else f"{stream}.rank{rank}.log"
