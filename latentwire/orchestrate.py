@@ -132,9 +132,9 @@ def _charge(request: _Request) -> tuple[list[Run], int | None]:
     A Slurm job that was started again goes on with what it had: its configs may have been edited since, and what a
     person has stopped or given to another orchestrator stays so.
     """
-    job_id = slurm.own_job_id()
+    job_id = slurm.own_job_id(os.environ)
     path = request.runs_dir / f"orchestrator_{job_id}.json"
-    before = read_json(path) if job_id is not None and slurm.was_restarted() else None
+    before = read_json(path) if job_id is not None and slurm.restart_count(os.environ) else None
     if isinstance(before, dict):
         runs = [run for run in list_runs(request.runs_dir) if run.name in before["runs"]]
         return [run for run in runs if Lease(run.lease_path).holder() is None], before["max_running"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -61,7 +62,7 @@ def run(
     outcome = "finished"
     if run_status(found).state != "DONE":
         print(one_line(f"{found.name}: trains here, in {found.path}; look on with: latentwire status"), flush=True)
-        outcome = TrainingJob(str(found.path), "local" if own_job_id() is None else "slurm")()
+        outcome = TrainingJob(str(found.path), "local" if own_job_id(os.environ) is None else "slurm")()
     reason = run_status(found).reason
     print(one_line(f"{found.name}: {outcome}" + (f", {reason}" if reason else "")))
     raise typer.Exit({"finished": 0, "preempted": EXIT_CODE}.get(outcome, 1))

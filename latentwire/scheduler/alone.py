@@ -63,12 +63,12 @@ def run_here(read_config: Callable[[], Config], runs_dir: Path) -> Run:
         RunBusy: an orchestrator looks after the run, or it has another job.
         SchedulerError: this is no place to train in, or the scheduler does not answer.
     """
-    job_id = slurm.own_job_id()
+    job_id = slurm.own_job_id(os.environ)
     if job_id is None:
         me = dataclasses.asdict(ProcessIdentity.of())
         return _become_its_job(read_config(), runs_dir, str(os.getppid()), "local", controller=me)
     _refuse_unless_once_a_node(job_id)
-    if slurm.was_restarted() and (mine := [run for run in list_runs(runs_dir) if _has_job(run, job_id)]):
+    if slurm.restart_count(os.environ) and (mine := [run for run in list_runs(runs_dir) if _has_job(run, job_id)]):
         return mine[0]
     if os.environ.get("SLURM_NODEID") == "0":
         return _become_its_job(read_config(), runs_dir, job_id, "slurm")
@@ -134,17 +134,19 @@ def _held(config: Config, runs_dir: Path) -> Iterator[Watched]:
 
 
 def _refuse_if_busy(watched: Watched) -> None:
-    run, now = watched.run, time.time()
-    queue = ask(watched.chain())
-    live = [f"job {job.job_id}" for job in watched.chain() if queue.is_live(job)]
-    live += [f"attempt {a.number}" for a in watched.attempts[-1:] if _runs_locally(a, now)]
-    last = watched.last_event()
-    if last.get("event") == "submitting" and now - time_of(last) < _SUBMISSION_TAKES_S:
-        live.append("a submission under way")
-    if live:
+    name, last, now = watched.run.name, watched.last_event, time.time()
+    is_unsure = watched.is_unsure() and scheduler_kind(watched.config.scheduler) == "slurm"
+    queue = ask(watched.chain(), unknown_ones=is_unsure)
+    busy = [f"job {job.job_id}" for job in watched.chain() if queue.is_live(job)]
+    busy += [f"attempt {a.number}" for a in watched.attempts[-1:] if _runs_locally(a, now)]
+    if watched.is_unsure():
+        busy += [f"job {job_id}, of a submission cut short," for job_id in queue.ids_with(str(last.get("token", "")))]
+        is_under_way = last["event"] == "submitting" and now - time_of(last) < _SUBMISSION_TAKES_S
+        busy += ["a submission under way"] if is_under_way else []
+    if busy:
         raise RunBusy(
-            f"{run.name} has {live[0]} already; look on with: latentwire status {run.name}, "
-            f"or end that first: latentwire cancel {run.name}"
+            f"{name} has {busy[0]} already; look on with: latentwire status {name}, "
+            f"or end that first: latentwire cancel {name}"
         )
 
 

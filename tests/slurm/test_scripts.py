@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 import yaml
 from cluster import Cluster
-from running import BIN, HERE, NEVER, OFTEN_SAVED, events, hold, trained_steps, wait_for, wait_for_event, write_config
+from orchestrated import assert_lost_nothing, stand_after
+from running import BIN, HERE, NEVER, OFTEN_SAVED, hold, wait_for, wait_for_event, write_config
 
 from latentwire.checklist.drill import final_digests
+from latentwire.run.atomic import read_json
 from latentwire.run.budget import verdict_of
 from latentwire.run.directory import Run
 from latentwire.run.journal import time_of
@@ -33,9 +35,7 @@ EDITS = {
     "  # scheduler.time_min=240": "  scheduler.time_min=10",
     ". .venv/bin/activate": f'export PATH="{BIN}:$PATH"',
 }
-SMALL = {"kind": "slurm", "gpus": 1, "cpus": 1}
-IN_STEP_4 = 33
-"""The toy's visit in the middle of its run: one in the warm-up, eight in each step."""
+ONE_CPU = {"kind": "slurm", "gpus": 1, "cpus": 1}
 
 
 class Site:
@@ -73,7 +73,7 @@ class Site:
         """A run that is to be, and will stand still in the middle."""
         run = Run(self.runs / f"experiment_{name}")
         run.path.mkdir()
-        hold(run, "step", IN_STEP_4)
+        hold(run, "step", stand_after(4))
         return run
 
     def said(self, job: str) -> str:
@@ -108,9 +108,14 @@ def write_fleet(site: Site, names: list[str]) -> Path:
     """A fleet of toys."""
     toy: dict[str, Any] = {"base": str(HERE / "toy.yaml"), "workload": {"target": f"{HERE / 'toy.py'}:Toy"}}
     path = site.folder / "fleet.yaml"
-    fleet = {**toy, "scheduler": SMALL, "max_running": len(names), "runs": [{"name": name} for name in names]}
+    fleet = {**toy, "scheduler": ONE_CPU, "max_running": len(names), "runs": [{"name": name} for name in names]}
     path.write_text(yaml.safe_dump(fleet), encoding="utf-8")
     return path
+
+
+def has_finished(run: Run) -> bool:
+    """Whether nothing is left to train."""
+    return verdict_of(run.attempts()[-1]).outcome == "finished"
 
 
 def assert_never_two_at_once(run: Run) -> None:
@@ -136,7 +141,7 @@ def test_an_orchestrator_that_is_preempted_in_the_middle_of_a_fleet(site: Site, 
         for run in fleet:
             hold(run, "step", NEVER)
         for run in fleet:
-            wait_for(lambda run=run: verdict_of(run.attempts()[-1]).outcome == "finished", f"the end of {run.name}")  # type: ignore[misc]
+            wait_for(lambda run=run: has_finished(run), f"the end of {run.name}")  # type: ignore[misc]
     wait_for(lambda: site.show(job)["JobState"] == "COMPLETED", f"the orchestrator's end: {site.said(job)}")
     assert site.show(job)["Restarts"] == "1"
     assert [run.config().scheduler.partition for run in fleet] == ["preempt"] * 4
@@ -162,17 +167,24 @@ def test_an_experiment_that_trains_in_its_own_allocation(site: Site, calm: Run) 
         hold(run, "step", NEVER)
         assert wait_for_event(first, "requeue", "agent")["done"]
     wait_for(lambda: site.show(job)["JobState"] == "COMPLETED", f"the end: {site.said(job)}")
-    first, second = run.attempts()
-    assert [verdict_of(a).outcome for a in (first, second)] == ["preempted", "finished"]
-    assert events(second, "restored")[0]["step"] == trained_steps(first)[-1]["step"]
-    assert run.config().data.prefetch == 3
+    assert_lost_nothing(run, calm)
     assert_never_two_at_once(run)
-    assert final_digests(run) == final_digests(calm)
+    assert run.config().data.prefetch == 3
     assert site.said(job).splitlines()[-1] == "toy: finished"
 
 
+def test_an_experiment_on_two_nodes(site: Site) -> None:
+    config = write_config(site.folder, "toy", workload={"options": {"counts": False}})
+    job = site.sbatch(f"--nodes=2 slurm/elastic_gpu_experiment.slurm {config.name}")
+    wait_for(lambda: site.show(job)["JobState"] == "COMPLETED", f"the end: {site.said(job)}")
+    (attempt,) = Run(site.runs / "experiment_toy").attempts()
+    assert verdict_of(attempt).outcome == "finished"
+    assert read_json(attempt.path / "placement.json")["nodes"] == [0, 1]
+    assert site.said(job).splitlines()[-2:] == ["toy: finished"] * 2
+
+
 def test_a_dry_run_is_the_script_that_is_submitted(site: Site) -> None:
-    config = write_config(site.folder, "toy", scheduler=SMALL)
+    config = write_config(site.folder, "toy", scheduler=ONE_CPU)
     line = f'{BIN}/latentwire submit {config.name} "${{LATENTWIRE_OVERRIDES[@]}}" scheduler.extra.hold=true'
     dry = site.shell(f"{line} --dry-run")
     assert dry.returncode == 0, dry.stderr
