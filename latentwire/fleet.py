@@ -39,7 +39,7 @@ def load_fleet(path: Path | str, overrides: Iterable[str] = ()) -> Fleet:
     tree = read_tree(path)
     own_parts = tree.pop("runs", None)
     max_running = tree.pop("max_running", None)
-    if max_running is not None and (not isinstance(max_running, int) or max_running < 1):
+    if max_running is not None and (type(max_running) is not int or max_running < 1):  # True is an int, too
         raise ConfigError(f"{path}: max_running is how many of the runs may have a job at a time, not {max_running!r}")
     if own_parts is None:
         return Fleet((_parse(tree, overrides, str(path)),), max_running)

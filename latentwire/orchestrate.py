@@ -19,10 +19,10 @@ import typer
 from latentwire.config import Config
 from latentwire.errors import ConfigError, LatentWireError, RunBusy, SchedulerError
 from latentwire.fleet import load_fleet
-from latentwire.run.atomic import read_json
+from latentwire.run.atomic import read_json, write_json
 from latentwire.run.directory import Run, create_run, list_runs, open_run, refuse_another_identity, run_of
-from latentwire.run.journal import Journal
 from latentwire.run.lease import Lease
+from latentwire.run.resuming import take_back_stops
 from latentwire.run.status import run_status
 from latentwire.scheduler import slurm
 from latentwire.scheduler.orchestrator import Orchestrator, log
@@ -91,8 +91,7 @@ def main(
 def _orchestrate(request: _Request) -> int:
     from latentwire.cli.board import Board
 
-    configs, max_running = _configs(request)
-    runs = _runs(request, configs)
+    runs, max_running = _charge(request)
     if not runs:
         print(f"nothing to resume in {request.runs_dir}: no run is unfinished and without an orchestrator")
         return 0
@@ -127,6 +126,25 @@ def _requeue_own_job(signum: int) -> None:
         os._exit(0)  # to return would end the job for good
 
 
+def _charge(request: _Request) -> tuple[list[Run], int | None]:
+    """The runs to look after, and how many of them may have a job at a time.
+
+    A Slurm job that was started again goes on with what it had: its configs may have been edited since, and what a
+    person has stopped or given to another orchestrator stays so.
+    """
+    job_id = slurm.own_job_id()
+    path = request.runs_dir / f"orchestrator_{job_id}.json"
+    before = read_json(path) if job_id is not None and slurm.was_restarted() else None
+    if isinstance(before, dict):
+        runs = [run for run in list_runs(request.runs_dir) if run.name in before["runs"]]
+        return [run for run in runs if Lease(run.lease_path).holder() is None], before["max_running"]
+    configs, max_running = _configs(request)
+    runs = _runs(request, configs)
+    if job_id is not None and runs:
+        write_json(path, {"runs": [run.name for run in runs], "max_running": max_running})
+    return runs, max_running
+
+
 def _runs(request: _Request, configs: list[Config]) -> list[Run]:
     """The runs that are asked for, made where they are new."""
     for config in configs:
@@ -137,7 +155,7 @@ def _runs(request: _Request, configs: list[Config]) -> list[Run]:
         runs += [run for run in _resumable(request) if run not in runs]
     for run in runs:
         _refuse_if_held(run)
-        _take_back_stops(run)
+        take_back_stops(run)
     return runs
 
 
@@ -190,16 +208,6 @@ def _refuse_if_held(run: Run) -> None:
             f"{run.name} is held by the orchestrator with pid {holder.pid} on {holder.host}; "
             f"look on with: latentwire status, or stop that one first (kill -TERM {holder.pid})"
         )
-
-
-def _take_back_stops(run: Run) -> None:
-    """A person asks for the run: what stopped it before does not count any more."""
-    status = run_status(run)
-    if status.state in ("FAILED", "STOPPED", "CANCELLED"):
-        run.cancel_path.unlink(missing_ok=True)
-        journal = Journal(run.orchestrator_events)
-        journal.event("resumed", after_attempt=status.attempt)
-        journal.close()
 
 
 def _tell_plan(request: _Request) -> None:

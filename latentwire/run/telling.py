@@ -13,7 +13,11 @@ _WORDS: dict[str, Callable[[Event], str | None]] = {
         if e.get("found")
         else f"submitted as job {e.get('job_id')} ({e.get('scheduler')})"
     ),
-    "submission_failed": lambda e: f"could not be submitted, again in {e.get('again_in_s')} s: {e.get('error')}",
+    "submission_failed": lambda e: (
+        "could not be submitted"
+        + (f", again in {e['again_in_s']} s" if "again_in_s" in e else "")
+        + f": {e.get('error')}"
+    ),
     "rung": lambda e: (
         f"job {e.get('job_id')} asks for {e.get('gpus')} GPUs instead of {e.get('before')}: {e.get('why')}"
         if e.get("gpus") != e.get("before")

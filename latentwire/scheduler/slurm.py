@@ -74,6 +74,11 @@ def restart_count(environ: Mapping[str, str]) -> int:
     return int(environ.get("SLURM_RESTART_COUNT", 0))
 
 
+def was_restarted() -> bool:
+    """Whether Slurm has started this job before: it was requeued."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
+
+
 def show_job(job_id: str, runner: Runner = run_inside_a_job) -> dict[str, str]:
     """The fields of ``scontrol show job``.
 
