@@ -198,7 +198,7 @@ ITEMS = (
     ),
     Item(
         "slurm-signals",
-        "On a real Slurm: preempted with and without grace, at the time limit, signalled, requeued, cancelled: same bits",
+        "On a real Slurm: preempted with and without grace, at its time limit, signalled, requeued, cancelled",
         _pytest("-m", "slurm", "tests/slurm/test_signals.py", "tests/slurm/test_time_limit.py"),
         tests_pass,
     ),
