@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from latentwire.preemption.handler import blocked
 from latentwire.run.atomic import write_json
-from latentwire.run.budget import next_move
+from latentwire.run.budget import next_move, verdict_of
 from latentwire.run.directory import Attempt, Run
 from latentwire.run.journal import Journal
 from latentwire.run.process import node_name
@@ -132,8 +132,11 @@ def _lead(agent: Agent) -> str:
     outcome = "failed"
     try:
         with blocked():  # the agent's handlers unblock them, so that a notice is either found here or heard there
-            is_late = slurm.is_ending(agent.allocation.job_id)
-            outcome = "preempted" if is_late else agent.main().outcome
+            if _is_finished(agent.run):  # a successor that is not needed
+                outcome = "finished"
+            else:
+                is_late = slurm.is_ending(agent.allocation.job_id)
+                outcome = "preempted" if is_late else agent.main().outcome
     finally:
         if agent.allocation.num_nodes > 1:
             _tell_followers(agent.run, agent.allocation, outcome)
@@ -142,6 +145,11 @@ def _lead(agent: Agent) -> str:
     if outcome == "preempted" or (outcome == "lost" and next_move(agent.run, agent.config.retry).again):
         _give_back(agent.run, agent.allocation, agent.attempt)
     return outcome
+
+
+def _is_finished(run: Run) -> bool:
+    attempts = run.attempts()
+    return bool(attempts) and verdict_of(attempts[-1]).outcome == "finished"
 
 
 def _tell_followers(run: Run, allocation: Allocation, outcome: str) -> None:
