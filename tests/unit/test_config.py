@@ -389,8 +389,8 @@ def test_differences_name_every_leaf() -> None:
 def test_a_shipped_config_loads_and_is_named_as_its_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
     configs = load_fleet(path).configs
-    assert all(config.name.startswith(f"{path.stem}-") for config in configs[1:])
-    assert configs[0].name == path.stem or len(configs) > 1
+    names = [config.name for config in configs]
+    assert names == [path.stem] or all(name.startswith(f"{path.stem}-") for name in names)
     for config in configs:
         assert parse_config(yaml.safe_load(config.to_yaml()), "there") == config
 
