@@ -35,9 +35,8 @@ class Orchestrated:
     def __init__(self, cluster: Cluster, run: Run, environ: Mapping[str, str]) -> None:
         self.cluster, self.run = cluster, run
         self._environ = {**cluster.environ, **environ}
-        self._output = run.path.parent / "orchestrator.txt"
         command = [sys.executable, "-m", "latentwire.orchestrate", "--resume", "--runs-dir", str(run.path.parent)]
-        with open(self._output, "wb") as output:
+        with open(run.path.parent / "orchestrator.txt", "wb") as output:
             self._process = subprocess.Popen(command, env=self._environ, stdout=output, stderr=output)
 
     def standing(self, number: int = 1) -> Attempt:
@@ -92,10 +91,6 @@ class Orchestrated:
         for job in list_jobs(self.run):
             with suppress(subprocess.CalledProcessError):  # Slurm has forgotten it
                 self.cluster.run("scancel", job.job_id)
-
-    def said(self) -> str:
-        """What the orchestrator printed."""
-        return self._output.read_text()
 
 
 @contextmanager
