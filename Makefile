@@ -5,7 +5,7 @@ RUNS ?= runs
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: run quickstart test test-slurm cluster cluster-down lint drill checklist clean
+.PHONY: run quickstart test test-fast test-slurm cluster cluster-down lint drill checklist clean
 
 run: $(INSTALLED) quickstart
 
@@ -19,10 +19,15 @@ quickstart: $(INSTALLED)
 	$(BIN)/python -m latentwire.orchestrate --config configs/quickstart.yaml --runs-dir $(RUNS)
 
 test: $(INSTALLED)
+	@sh tests/slurm/install.sh
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm"
 
 test-slurm: $(INSTALLED)
-	$(BIN)/python -m pytest -m slurm tests/slurm
+	@sh tests/slurm/install.sh
+	$(BIN)/python -m pytest -m "slurm and not slow" tests/slurm
 
 cluster: $(INSTALLED)
 	@$(BIN)/python tests/slurm/cluster.py up build/cluster

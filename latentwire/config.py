@@ -24,6 +24,7 @@ from pydantic import Field
 from latentwire.errors import ConfigError
 from latentwire.sbatch import refuse_unknown
 from latentwire.target import options_model
+from latentwire.tree import apply_override, read_tree
 
 IDENTITY = ("seed", "workload", "train")
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -274,9 +275,9 @@ def load_config(path: Path | str, overrides: Iterable[str] = ()) -> Config:
         ConfigError: any mistake, with the file, the key and the nearest valid keys.
     """
     path = Path(path)
-    tree = _read_with_bases(path, ())
+    tree = read_tree(path)
     for override in overrides:
-        _apply_override(tree, override)
+        apply_override(tree, override)
     return parse_config(tree, where=str(path))
 
 
@@ -294,74 +295,6 @@ def parse_config(tree: Mapping[str, Any], where: str) -> Config:
     except pydantic.ValidationError as error:
         raise ConfigError(_explain(error, model, where, prefix="workload.options.")) from None
     return config.model_copy(update={"workload": config.workload.model_copy(update={"options": options})})
-
-
-def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """Lines ``key: old -> new`` for every leaf that differs between two trees."""
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        lines = []
-        for key in [*old, *(k for k in new if k not in old)]:
-            lines += differences(old.get(key, "(absent)"), new.get(key, "(absent)"), f"{prefix}{key}.")
-        return lines
-    return [] if old == new else [f"{prefix.rstrip('.')}: {old} -> {new}"]
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML takes the last of two equal keys in silence; half of a config would be dropped."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(
-                    f"the key {key!r} stands twice in one mapping (line {node.start_mark.line + 1} on)"
-                )
-        return super().construct_mapping(node, deep)
-
-
-def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    if path.resolve() in seen:
-        raise ConfigError(f"{path}: its base: leads back to itself ({' -> '.join(p.name for p in seen)})")
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except FileNotFoundError:
-        there = ", ".join(sorted(p.name for p in path.parent.glob("*.yaml"))) or "no YAML file"
-        raise ConfigError(f"there is no config {path}; {path.parent} has: {there}") from None
-    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:  # ValueError: not a date, not UTF-8
-        raise ConfigError(f"{path} cannot be read as YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: a config is a mapping of keys to values, not {type(tree).__name__}")
-    base = tree.pop("base", None)
-    if base is None:
-        return tree
-    if not isinstance(base, str):
-        raise ConfigError(f"{path}: base: takes the name of one file, not {base!r}")
-    return _merge(_read_with_bases(path.parent / base, (*seen, path.resolve())), tree)
-
-
-def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
-        both_maps = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge(dict(merged[key]), value) if both_maps else value
-    return merged
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    path, separator, text = override.partition("=")
-    keys = path.split(".")
-    if not separator or not all(keys):
-        raise ConfigError(f"override {override!r} is not of the form a.b=value")
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from None
-    node = tree
-    for key in keys[:-1]:
-        child = node.get(key)
-        node[key] = dict(child) if isinstance(child, Mapping) else {}
-        node = node[key]
-    node[keys[-1]] = value
 
 
 def _explain(error: pydantic.ValidationError, model: type[pydantic.BaseModel], where: str, prefix: str = "") -> str:

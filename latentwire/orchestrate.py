@@ -16,13 +16,15 @@ from typing import Annotated
 
 import typer
 
-from latentwire.config import Config, load_config
+from latentwire.config import Config
 from latentwire.errors import ConfigError, LatentWireError, RunBusy, SchedulerError
-from latentwire.run.atomic import read_json
+from latentwire.fleet import load_fleet
+from latentwire.run.atomic import read_json, write_json
 from latentwire.run.directory import Run, create_run, list_runs, open_run, refuse_another_identity, run_of
-from latentwire.run.journal import Journal
 from latentwire.run.lease import Lease
+from latentwire.run.resuming import take_back_stops
 from latentwire.run.status import run_status
+from latentwire.scheduler import slurm
 from latentwire.scheduler.orchestrator import Orchestrator, log
 from latentwire.scheduler.submission import scheduler_kind
 from latentwire.target import SCRIPT
@@ -36,6 +38,7 @@ class _Request:
     overrides: list[str]
     names: list[str]
     resume: bool
+    max_running: int | None
     runs_dir: Path
 
 
@@ -44,11 +47,16 @@ def main(
         list[str] | None, typer.Argument(help="Overrides a.b=c; with --resume also names of runs.", show_default=False)
     ] = None,
     config: Annotated[
-        list[Path] | None, typer.Option("--config", help="A config; may be given several times.", show_default=False)
+        list[Path] | None,
+        typer.Option("--config", help="A config of one run or of a fleet; may be given several times."),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the unfinished runs on disk, or with those named.")
     ] = False,
+    max_running: Annotated[
+        int | None,
+        typer.Option(min=1, help="So many of the runs have a job at a time. [default: the config's, or all]"),
+    ] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Go on in the background, writing to the log only.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check all and say what would be done; change nothing.")
@@ -65,6 +73,7 @@ def main(
         overrides=[a for a in given if "=" in a],
         names=[a for a in given if "=" not in a],
         resume=resume,
+        max_running=max_running,
         runs_dir=runs_dir,
     )
     try:
@@ -82,13 +91,13 @@ def main(
 def _orchestrate(request: _Request) -> int:
     from latentwire.cli.board import Board
 
-    runs = _runs(request)
+    runs, max_running = _charge(request)
     if not runs:
         print(f"nothing to resume in {request.runs_dir}: no run is unfinished and without an orchestrator")
         return 0
     log_path = _start_log(request.runs_dir)
     with Board(log, log_path) as board:
-        orchestrator = Orchestrator(runs, board.show)
+        orchestrator = Orchestrator(runs, board.show, max_running)
         signals: list[int] = []
 
         def on_signal(signum: int, frame: FrameType | None) -> None:
@@ -100,13 +109,44 @@ def _orchestrate(request: _Request) -> int:
         statuses = orchestrator.main()
     board.epilogue(statuses, stopped=bool(signals))
     if signals:
+        _requeue_own_job(signals[0])
         return 128 + signals[0]
     return 0 if all(status.state == "DONE" for status in statuses) else 1
 
 
-def _runs(request: _Request) -> list[Run]:
+def _requeue_own_job(signum: int) -> None:
+    """An orchestrator that is a Slurm job itself, and is preempted, comes back; a plain scancel ends it."""
+    job_id = slurm.own_job_id(os.environ)
+    if job_id is None or signum != signal.SIGTERM:
+        return
+    result = slurm.requeue(job_id, slurm.restart_count(os.environ))
+    log.info("job %s of the orchestrator: %s", job_id, result.reason)
+    if result.done:
+        print(f"requeued as job {job_id}", flush=True)
+        os._exit(0)  # to return would end the job for good
+
+
+def _charge(request: _Request) -> tuple[list[Run], int | None]:
+    """The runs to look after, and how many of them may have a job at a time.
+
+    A Slurm job that was started again goes on with what it had: its configs may have been edited since, and what a
+    person has stopped or given to another orchestrator stays so.
+    """
+    job_id = slurm.own_job_id(os.environ)
+    path = request.runs_dir / f"orchestrator_{job_id}.json"
+    before = read_json(path) if job_id is not None and slurm.restart_count(os.environ) else None
+    if isinstance(before, dict):
+        runs = [run for run in list_runs(request.runs_dir) if run.name in before["runs"]]
+        return [run for run in runs if Lease(run.lease_path).holder() is None], before["max_running"]
+    configs, max_running = _configs(request)
+    runs = _runs(request, configs)
+    if job_id is not None and runs:
+        write_json(path, {"runs": [run.name for run in runs], "max_running": max_running})
+    return runs, max_running
+
+
+def _runs(request: _Request, configs: list[Config]) -> list[Run]:
     """The runs that are asked for, made where they are new."""
-    configs = _configs(request)
     for config in configs:
         scheduler_kind(config.scheduler)
         _refuse_if_held(run_of(config, request.runs_dir))  # before its config.yaml is written anew
@@ -115,11 +155,12 @@ def _runs(request: _Request) -> list[Run]:
         runs += [run for run in _resumable(request) if run not in runs]
     for run in runs:
         _refuse_if_held(run)
-        _take_back_stops(run)
+        take_back_stops(run)
     return runs
 
 
-def _configs(request: _Request) -> list[Config]:
+def _configs(request: _Request) -> tuple[list[Config], int | None]:
+    """The configs of the new runs, and how many runs may have a job at a time."""
     if not request.configs and not request.resume:
         raise ConfigError("nothing to do: give --config FILE for a new run, or --resume to go on with unfinished ones")
     if request.names and not request.resume:
@@ -128,12 +169,14 @@ def _configs(request: _Request) -> list[Config]:
         )
     if request.overrides and not request.configs:
         raise ConfigError("overrides need a --config; a run that exists keeps the config it was started with")
-    configs = [load_config(path, request.overrides) for path in request.configs]
+    fleets = [load_fleet(path, request.overrides) for path in request.configs]
+    configs = [config for fleet in fleets for config in fleet.configs]
     names = [config.name for config in configs]
     doubles = sorted({name for name in names if names.count(name) > 1})
     if doubles:
         raise ConfigError(f"two configs have the name {doubles[0]!r}; give each run a name of its own")
-    return configs
+    caps = [fleet.max_running for fleet in fleets if fleet.max_running is not None]
+    return configs, request.max_running or min(caps, default=None)
 
 
 def _resumable(request: _Request) -> list[Run]:
@@ -167,18 +210,8 @@ def _refuse_if_held(run: Run) -> None:
         )
 
 
-def _take_back_stops(run: Run) -> None:
-    """A person asks for the run: what stopped it before does not count any more."""
-    status = run_status(run)
-    if status.state in ("FAILED", "STOPPED", "CANCELLED"):
-        run.cancel_path.unlink(missing_ok=True)
-        journal = Journal(run.orchestrator_events)
-        journal.event("resumed", after_attempt=status.attempt)
-        journal.close()
-
-
 def _tell_plan(request: _Request) -> None:
-    for config in _configs(request):
+    for config in _configs(request)[0]:
         run = run_of(config, request.runs_dir)
         _refuse_if_held(run)
         there = "exists, would go on" if refuse_another_identity(run, config) else "would be made"
@@ -194,6 +227,7 @@ def _detach(request: _Request) -> None:
     _configs(request)
     command = [sys.executable, "-m", "latentwire.orchestrate", "--runs-dir", str(request.runs_dir)]
     command += [word for path in request.configs for word in ("--config", str(path))]
+    command += [] if request.max_running is None else ["--max-running", str(request.max_running)]
     command += ["--resume"] * request.resume + request.overrides + request.names
     request.runs_dir.mkdir(parents=True, exist_ok=True)
     output = request.runs_dir / "orchestrator_detached.log"
@@ -222,6 +256,7 @@ def _start_log(runs_dir: Path) -> Path:
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
+    logging.getLogger("stamina").addHandler(handler)
     return path
 
 

@@ -1,11 +1,12 @@
 """The drill: a run under preemptions must end with the bits of the same run undisturbed.
 
-It does what a user and a scheduler do: starts the orchestrator as a program, watches the run's files, and sends signals
-to the job. Whether a signal fell where it was meant to is judged by the run's own journal, and tried again if not.
+It does what a user and a scheduler do: starts the orchestrator as a program, watches the run's files, and disturbs the
+job. Whether a disturbance fell where it was meant to is judged by the run's own journal, and tried again if not.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -14,228 +15,175 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+from latentwire.checklist.disturb import DISTURBANCES, Disturbance, Local, Place
+from latentwire.checklist.result import Result, Row, final_digests, other_hardware, table
 from latentwire.config import load_config
 from latentwire.errors import LatentWireError
+from latentwire.run.atomic import write_json
 from latentwire.run.directory import PREFIX, Attempt, Run
 from latentwire.run.journal import read_journal
 from latentwire.run.status import run_status
 
-_POLL_S = 0.002
-_PATIENCE_S = 600.0
+_ENDS_WITHIN_S = 600.0
+_SUBMISSION_TAKES_S = 60.0
 _TRIES = 4
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-@dataclasses.dataclass(frozen=True)
-class Disturbance:
-    """One thing that is done to the run.
-
-    Attributes:
-        name: for the table.
-        signum: what is sent to the attempt.
-        begins: the event that opens the window, or None: after ``steps`` steps of the attempt.
-        ends: events that close the window.
-        steps: training steps to wait for in the attempt first.
-        corrupt: flip a byte of the newest checkpoint afterwards.
-        may_lose: intervals of saving that may be lost.
-    """
-
-    name: str
-    signum: signal.Signals
-    begins: str | None = None
-    ends: tuple[str, ...] = ()
-    steps: int = 0
-    corrupt: bool = False
-    may_lose: int = 0
-
-
-TERM, KILL = signal.SIGTERM, signal.SIGKILL
-DISTURBANCES = (
-    Disturbance("TERM in warm-up", TERM, begins="warmup_started", ends=("warmup_finished",)),
-    Disturbance("TERM in training", TERM, steps=2),
-    Disturbance("TERM in evaluation", TERM, begins="evaluation_started", ends=("evaluation_finished",)),
-    Disturbance("TERM during a save", TERM, begins="save_started", ends=("save_verified", "save_failed")),
-    Disturbance("SIGKILL", KILL, steps=3, may_lose=1),
-    Disturbance("newest checkpoint corrupted", KILL, begins="save_verified", corrupt=True, may_lose=2),
-    Disturbance("TERM, first of two in an epoch", TERM, steps=1),
-    Disturbance("TERM, second of two in an epoch", TERM, steps=1),
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """What came of a disturbance. ``epoch``: where it fell. ``resume_s``: from the signal to the next trained step."""
-
-    name: str
-    hit: bool
-    recovered: bool
-    steps_lost: int
-    may_lose: int
-    resume_s: float
-    epoch: int
-    passed: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """The drill's outcome. Digests by group of the last checkpoint."""
-
-    rows: tuple[Row, ...]
-    undisturbed: dict[str, str]
-    disturbed: dict[str, str]
-    attempts: int
-    seconds: float
-
-    @property
-    def identical(self) -> bool:
-        """Whether every group of tensors has the same SHA-256 in both runs."""
-        return bool(self.undisturbed) and self.undisturbed == self.disturbed
-
-    @property
-    def passed(self) -> bool:
-        """All of it."""
-        return self.identical and all(row.passed for row in self.rows)
-
-
-def main(config: Path, runs_dir: Path, as_json: bool, keep: bool) -> int:
-    """Run the drill and print its table; 0 if all rows pass and the bits are the same. Blocks for minutes.
+def main(
+    config: Path,
+    runs_dir: Path,
+    as_json: bool,
+    keep: bool,
+    overrides: Sequence[str] = (),
+    place: Place | None = None,
+    disturbances: Sequence[Disturbance] = DISTURBANCES,
+) -> int:
+    """Run the drill and print its table; 0 if all rows pass and the bits are the same. Blocks for minutes. Main thread.
 
     Args:
         config: of a short run that saves by steps and evaluates.
         runs_dir: a folder ``drill-<time>`` is made in it.
         as_json: print one JSON object instead of the table.
         keep: keep the folder also when all went well.
+        overrides: ``a.b=c`` over the config.
+        place: where the runs are; None: on this machine.
+        disturbances: what is done, in this order.
     """
     folder = runs_dir / f"drill-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"
     tell = (lambda line: None) if as_json else (lambda line: print(line, flush=True))
-    result = drill(config, folder, DISTURBANCES, tell)
-    print(json.dumps(dataclasses.asdict(result) | {"passed": result.passed}) if as_json else table(result))
-    if result.passed and not keep:
-        shutil.rmtree(folder)
-    else:
-        print(f"the runs are in {folder}", file=sys.stderr)
-    return 0 if result.passed else 1
+    passed = False
+    try:
+        with _interrupts_end_it():
+            result = drill(config, folder, disturbances, tell, overrides, place or Local())
+        print(json.dumps(dataclasses.asdict(result) | {"passed": result.passed}) if as_json else table(result))
+        passed = result.passed
+    finally:
+        if passed and not keep:
+            shutil.rmtree(folder)
+        elif folder.exists():
+            print(f"the runs are in {folder}", file=sys.stderr)
+    return 0 if passed else 1
 
 
 def drill(
-    config: Path, folder: Path, disturbances: Sequence[Disturbance], tell: Callable[[str], None] = lambda line: None
+    config: Path,
+    folder: Path,
+    disturbances: Sequence[Disturbance],
+    tell: Callable[[str], None] = lambda line: None,
+    overrides: Sequence[str] = (),
+    place: Place | None = None,
 ) -> Result:
-    """Run undisturbed, run disturbed, compare. Both runs stay in ``folder``.
+    """Run undisturbed, run disturbed, compare. Both runs stay in ``folder``; no job of theirs does.
 
     Raises:
         LatentWireError: the config does not run at all, or a wait took too long.
     """
-    load_config(config)  # before anything is made
+    place = place or Local()
+    overrides = (*place.overrides, *overrides)
+    load_config(config, overrides)  # before anything is made
     started = time.monotonic()
-    tell("undisturbed run ...")
-    calm = _Program(config, folder, "undisturbed")
-    calm.wait_until_done()
-    tell("disturbed run ...")
-    program = _Program(config, folder, "disturbed")
-    try:
+    tell(place.outlook(disturbances))
+    with contextlib.ExitStack() as stack:
+        calm = stack.enter_context(contextlib.closing(_Program(config, folder, "undisturbed", overrides, place)))
+        tell(f"undisturbed run ... (look on with: latentwire status --runs-dir {folder})")
+        if not place.side_by_side:
+            calm.wait_until_done()
+        program = stack.enter_context(contextlib.closing(_Program(config, folder, "disturbed", overrides, place)))
+        tell("disturbed run ...")
         rows = []
         for disturbance in disturbances:
             rows.append(program.disturb(disturbance))
             tell(f"  {rows[-1].name}: {'ok' if rows[-1].passed else 'FAILED'}")
         program.wait_until_done()
-    finally:
-        program.end()
+        calm.wait_until_done()
     return Result(
         rows=tuple(rows),
         undisturbed=final_digests(calm.run),
         disturbed=final_digests(program.run),
+        undisturbed_attempts=len(calm.run.attempts()),
         attempts=len(program.run.attempts()),
+        other_hardware=other_hardware(calm.run, program.run),
         seconds=round(time.monotonic() - started, 1),
     )
 
 
-def final_digests(run: Run) -> dict[str, str]:
-    """SHA-256 of each group of tensors in the newest checkpoint, read back from the disk."""
-    from latentwire.checkpoint import layout, reader
+@contextlib.contextmanager
+def _interrupts_end_it() -> Iterator[None]:
+    """An interrupt leaves through every clean-up on the way, and no second one cuts those short."""
 
-    paths = [p for p in run.checkpoints.iterdir() if layout.parse_step_name(p.name) is not None]
-    manifest = reader.verify(max(paths, key=lambda p: p.name))
-    return {group: str(manifest.group_sha256(group)) for group in manifest.groups}
+    def leave(signum: int, frame: FrameType | None) -> None:
+        for each in _INTERRUPTS:
+            signal.signal(each, signal.SIG_IGN)
+        raise SystemExit(128 + signum)
 
-
-def table(result: Result) -> str:
-    """The result for people."""
-    lines = [f"{'disturbance':32} {'recovered':9} {'steps lost':>10} {'allowed':>7} {'resumed in':>10}"]
-    for row in result.rows:
-        recovered = ("yes" if row.recovered else "NO") + ("" if row.hit else " (missed)")
-        figures = f"{row.steps_lost:>10} {row.may_lose:>7} {row.resume_s:>8.1f} s"
-        lines.append(f"{row.name:32} {recovered:9} {figures}  {'' if row.passed else 'FAILED'}".rstrip())
-    lines.append(f"\n{'final SHA-256':16} {'undisturbed':20} {'disturbed':20}")
-    for group in sorted(result.undisturbed | result.disturbed):
-        ours, theirs = result.undisturbed.get(group, "-"), result.disturbed.get(group, "-")
-        lines.append(f"{group:16} {ours[:18]:20} {theirs[:18]:20} {'equal' if ours == theirs else 'DIFFERENT'}")
-    verdict = "passed" if result.passed else "FAILED"
-    lines.append(f"\ndrill {verdict}: {len(result.rows)} disturbances, {result.attempts} attempts, {result.seconds} s")
-    return "\n".join(lines)
+    before = {each: signal.getsignal(each) for each in _INTERRUPTS}
+    for each, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as under nohup
+            signal.signal(each, leave)
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 class _Program:
     """The orchestrator as a program, and the run that it looks after."""
 
-    def __init__(self, config: Path, folder: Path, name: str) -> None:
+    def __init__(self, config: Path, folder: Path, name: str, overrides: Sequence[str], place: Place) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.run = Run((folder / f"{PREFIX}{name}").absolute())
+        self._place = place
         self._output = folder / f"{name}.log"
         command = [sys.executable, "-m", "latentwire.orchestrate", "--config", str(config), "--runs-dir", str(folder)]
         with open(self._output, "ab") as output:
             self._process = subprocess.Popen(
-                [*command, f"name={name}", "scheduler.kind=local"], stdout=output, stderr=output, start_new_session=True
+                [*command, *overrides, f"name={name}"], stdout=output, stderr=output, start_new_session=True
             )
 
-    def end(self) -> None:
+    def close(self) -> None:
         """Leave nothing running, whatever happened."""
         if self._process.poll() is None:
-            self._process.kill()
-            self._process.wait()
-        for attempt in self.run.attempts()[-1:]:
-            agent = attempt.agent()
-            if agent is not None and attempt.ended() is None:
-                agent.send(KILL)
+            if self.run.path.exists():  # a job that has not begun yet is not to begin any more
+                write_json(self.run.cancel_path, {"time": time.time(), "by": "the drill, which was interrupted"})
+            self._process.terminate()
+            self._process.send_signal(signal.SIGCONT)
+            try:
+                self._process.wait(_SUBMISSION_TAKES_S)  # it writes the job down that it is submitting
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        self._place.end(self.run)
 
     def wait_until_done(self) -> None:
         """Wait for the orchestrator to end well."""
         try:
-            code = self._process.wait(_PATIENCE_S)
+            code = self._process.wait(self._place.patience_s)
         except subprocess.TimeoutExpired:
-            self.end()
-            raise LatentWireError(f"{self.run.name} did not finish in {_PATIENCE_S:g} s ({self._output})") from None
+            raise LatentWireError(
+                f"the {self.run.name} run did not finish in {self._place.patience_s:g} s:\n{self._last_lines()}"
+            ) from None
         if code != 0:
             raise LatentWireError(f"the {self.run.name} run ended with {code}:\n{self._last_lines()}")
 
     def disturb(self, disturbance: Disturbance) -> Row:
         """Do it until it hits, wait until the run has trained on, and see what it cost."""
+        number, hit = 0, False
         for _ in range(_TRIES):
-            row = self._disturb_once(disturbance)
-            if row.hit:
-                return row
-        return row
-
-    def _disturb_once(self, disturbance: Disturbance) -> Row:
-        attempt = self._wait(self._running_attempt, "a running attempt")
-        first = len(_events(attempt))
-        self._wait(lambda: len(_steps(attempt)) >= disturbance.steps, "training steps")
-        if disturbance.begins is not None:
-            self._wait(lambda: disturbance.begins in _names(attempt)[first:], disturbance.begins)
-        sent = time.time()
-        agent = attempt.agent()
-        assert agent is not None
-        agent.send(disturbance.signum)
-        self._wait(lambda: not agent.is_alive(), "the attempt's end")
-        if disturbance.corrupt:
-            self._flip_a_byte()
+            attempt, sent = self._disturb_an_attempt(disturbance, after=number)
+            number, hit = attempt.number, _fell_into_window(attempt, disturbance)
+            if hit:
+                break
         reached = max([_restored(attempt), *(int(r["step"]) for r in _steps(attempt))])
-        after = self._wait(self._attempt_that_trains(attempt.number), "the next attempt's first step")
+        after = self._wait(self._attempt_that_trains(number), "the next attempt's first step")
         lost = reached - _restored(after)
         allowed = disturbance.may_lose * int(self._config()["checkpoint"]["interval_steps"])
-        hit = _fell_into_window(attempt, disturbance)
         return Row(
             name=disturbance.name,
             hit=hit,
@@ -244,12 +192,29 @@ class _Program:
             may_lose=allowed,
             resume_s=round(float(_steps(after)[0]["time"]) - sent, 2),
             epoch=self._epoch(attempt, reached),
+            jobs=_jobs(attempt, after),
             passed=hit and lost <= allowed and (not disturbance.corrupt or self._has_quarantine()),
         )
 
-    def _running_attempt(self) -> Attempt | None:
+    def _disturb_an_attempt(self, disturbance: Disturbance, after: int) -> tuple[Attempt, float]:
+        """Wait for its moment in an attempt later than ``after``, do it, wait for the end; which attempt, and when."""
+        attempt = self._wait(lambda: self._running_attempt(after), "a running attempt")
+        first = len(_events(attempt))
+        self._wait(lambda: len(_steps(attempt)) >= disturbance.steps, "training steps")
+        if disturbance.begins is not None:
+            self._wait(lambda: disturbance.begins in _names(attempt)[first:], disturbance.begins)
+        sent = time.time()
+        with self._held_back() if disturbance.corrupt else contextlib.nullcontext():
+            with self._place.disturbing(disturbance.deed, attempt):
+                self._wait(lambda: self._place.is_over(attempt), "the attempt's end", _ENDS_WITHIN_S)
+            if disturbance.corrupt:
+                self._flip_a_byte()
+        return attempt, sent
+
+    def _running_attempt(self, after: int) -> Attempt | None:
         attempts = self.run.attempts()
-        return attempts[-1] if attempts and attempts[-1].ended() is None else None
+        runs = bool(attempts) and attempts[-1].number > after and attempts[-1].ended() is None
+        return attempts[-1] if runs else None
 
     def _attempt_that_trains(self, after: int) -> Callable[[], Attempt | None]:
         def look() -> Attempt | None:
@@ -257,16 +222,26 @@ class _Program:
 
         return look
 
-    def _wait(self, look: Callable[[], Any], what: str) -> Any:
-        deadline = time.monotonic() + _PATIENCE_S
+    def _wait(self, look: Callable[[], Any], what: str, patience_s: float | None = None) -> Any:
+        patience_s = self._place.patience_s if patience_s is None else patience_s
+        deadline = time.monotonic() + patience_s
         while time.monotonic() < deadline:
             found = look()
             if found:
                 return found
             if self._process.poll() is not None:
-                raise LatentWireError(f"the disturbed run ended while waiting for {what}:\n{self._last_lines()}")
-            time.sleep(_POLL_S)
-        raise LatentWireError(f"waited {_PATIENCE_S:g} s for {what}:\n{self._last_lines()}")
+                raise LatentWireError(self._why_it_ended(what))
+            time.sleep(self._place.poll_s)
+        raise LatentWireError(f"waited {patience_s:g} s for {what}:\n{self._last_lines()}")
+
+    @contextlib.contextmanager
+    def _held_back(self) -> Iterator[None]:
+        """The orchestrator stands still: it submits nothing that would load the newest checkpoint too early."""
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGCONT)
 
     def _flip_a_byte(self) -> None:
         newest = max(self.run.checkpoints.glob("step-*"), key=lambda p: p.name)
@@ -287,10 +262,19 @@ class _Program:
         built = [e for a in self.run.attempts() for e in a.events() if e.get("event") == "workload_built"]
         return int(step * train["micro_batch"] * train["num_micro_batches"] // built[0]["num_samples"])
 
+    def _why_it_ended(self, waiting_for: str) -> str:
+        if run_status(self.run).state == "DONE":
+            steps = self._config()["train"]["steps"]
+            return (
+                f"the run was done before all disturbances were, while waiting for {waiting_for}: "
+                f"give it more steps, such as train.steps={2 * steps}"
+            )
+        return f"the disturbed run ended while waiting for {waiting_for}:\n{self._last_lines()}"
+
     def _last_lines(self) -> str:
         status = run_status(self.run)
         lines = self._output.read_text(errors="replace").splitlines()[-15:]
-        return "\n".join([*lines, f"state {status.state}, {status.reason or 'no reason'}"])
+        return "\n".join([*lines, f"state {status.state}, {status.reason or 'no reason'} ({self._output})"])
 
 
 def _events(attempt: Attempt) -> list[dict[str, Any]]:
@@ -307,6 +291,15 @@ def _steps(attempt: Attempt) -> list[dict[str, Any]]:
 
 def _restored(attempt: Attempt) -> int:
     return next((int(e["step"]) for e in _events(attempt) if e.get("event") == "restored"), 0)
+
+
+def _jobs(attempt: Attempt, after: Attempt) -> str:
+    """Whether Slurm's job came back, or another was submitted; a local job has no name that says anything."""
+    before, now = attempt.record(), after.record()
+    if before.get("scheduler") != "slurm":
+        return ""
+    same = before.get("job_id") == now.get("job_id")
+    return f"{before.get('job_id')} requeued" if same else f"{before.get('job_id')}, then {now.get('job_id')}"
 
 
 def _fell_into_window(attempt: Attempt, disturbance: Disturbance) -> bool:

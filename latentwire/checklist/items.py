@@ -34,8 +34,16 @@ class Item:
 def tests_pass(code: int, output: str) -> Judgement:
     """The tests passed: something ran and nothing was skipped."""
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", output)}
+    reasons = re.findall(r"^SKIPPED \[\d+\] \S+ (.+)$", output, re.MULTILINE)
     summary = ", ".join(f"{number} {word}" for word, number in counts.items())
-    return code == 0 and counts.get("passed", 0) > 0 and not counts.get("skipped"), summary or "no test ran"
+    passed = code == 0 and counts.get("passed", 0) > 0 and not counts.get("skipped")
+    return passed, "; ".join([summary or "no test ran", *reasons])
+
+
+def slurm_drill_passes(code: int, output: str) -> Judgement:
+    """The test of the drill passed; the figures are those of the drill that it ran."""
+    passed, summary = tests_pass(code, output)
+    return drill_passes(code, output) if passed else (False, summary)
 
 
 def kills_pass(code: int, output: str) -> Judgement:
@@ -89,6 +97,23 @@ def fast_enough(limit_s: float) -> Callable[[int, str], Judgement]:
         return median < limit_s, f"median {median:.3f} s of {len(seconds)} starts"
 
     return judge
+
+
+def twenty_pass(code: int, output: str) -> Judgement:
+    """All twenty recovered and nothing was lost; the figures are those of the printed report."""
+    passed, summary = tests_pass(code, output)
+    said = [line for line in output.splitlines() if re.match(r"recovered|notice to|grace given|final SHA", line)]
+    return passed and "recovered 20/20, steps lost 0" in said, "; ".join(said) or summary
+
+
+def costs_little(code: int, output: str) -> Judgement:
+    """Less than 100 MB and 1 % of a core."""
+    lines = [line for line in output.splitlines() if line.startswith("{")]
+    if code != 0 or not lines:
+        return False, f"exit {code}, no result"
+    cost = json.loads(lines[-1])
+    figure = "{percent_of_a_core} % of a core, {resident_mb} MB; {runs} runs, {running} of them training".format(**cost)
+    return cost["percent_of_a_core"] < 1 and cost["resident_mb"] < 100, figure
 
 
 def _pytest(*arguments: str) -> tuple[str, ...]:
@@ -172,9 +197,45 @@ ITEMS = (
         needs_gpu=True,
     ),
     Item(
-        "slurm",
-        "On a real Slurm: preempted with and without grace, signalled, cancelled; requeued, with the same bits",
-        _pytest("tests/slurm"),
+        "slurm-signals",
+        "On a real Slurm: preempted with and without grace, at its time limit, signalled, requeued, cancelled",
+        _pytest("-m", "slurm", "tests/slurm/test_signals.py", "tests/slurm/test_time_limit.py"),
         tests_pass,
+    ),
+    Item(
+        "slurm-twenty",
+        "Twenty preemptions of one run lose no step",
+        _pytest("-m", "slurm", "tests/slurm/test_twenty.py", "-k", "20"),
+        twenty_pass,
+    ),
+    Item(
+        "slurm-nodes",
+        "Ranks on two nodes; a node that failed is replaced, and what still runs on it commits nothing",
+        _pytest("-m", "slurm", "tests/slurm/test_nodes.py"),
+        tests_pass,
+    ),
+    Item(
+        "slurm-ladder",
+        "A job asks for fewer GPUs while many are not to be had, and for more at its next start: same bits on 4, 1, 4",
+        _pytest("-m", "slurm", "tests/slurm/test_ladder.py"),
+        tests_pass,
+    ),
+    Item(
+        "slurm-fleet",
+        "Fleets: arrays, a cap, successors, a controller that is down, the orchestrator's own job preempted",
+        _pytest("-m", "slurm and not slow", *(f"tests/slurm/test_{n}.py" for n in ("fleet", "successors", "scripts"))),
+        tests_pass,
+    ),
+    Item(
+        "fleet-cost",
+        "The orchestrator of 200 runs takes less than 100 MB and 1 % of a core",
+        (sys.executable, "benchmarks/orchestrator.py"),
+        costs_little,
+    ),
+    Item(
+        "drill-slurm",
+        "The drill through sbatch and scancel on a real Slurm, with a real preemption",
+        _pytest("-m", "slurm", "tests/slurm/test_drill.py"),
+        slurm_drill_passes,
     ),
 )

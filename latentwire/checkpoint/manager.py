@@ -77,8 +77,7 @@ class CheckpointManager:
         """Why the last save failed, None if it did not."""
         self.committed_step: int | None = None
         """The step of the newest checkpoint that this attempt committed or restored."""
-        self.last_save_s: float | None = None
-        """Seconds from the start of the last save to its commit."""
+        self._last_save_s: float | None = None
         folder.mkdir(parents=True, exist_ok=True)
 
     # --- saving ---------------------------------------------------------------------------------------------------
@@ -115,6 +114,13 @@ class CheckpointManager:
         """Surface what a finished save ran into, without waiting. Called at every step."""
         if self._in_flight is not None and self._in_flight.done():
             self.wait()
+
+    def take_last_save_s(self) -> float | None:
+        """Seconds from the start of the last save to its commit; None where it made none, or was asked for before."""
+        seconds = self._last_save_s
+        if seconds is not None:  # else the saving thread may be about to set it
+            self._last_save_s = None
+        return seconds
 
     def close(self) -> None:
         """Wait for the last save and say if it failed. Called at exit.
@@ -155,9 +161,10 @@ class CheckpointManager:
             self.folder.mkdir(exist_ok=True)  # somebody may have removed it
             shutil.rmtree(hidden, ignore_errors=True)
             self._write_and_commit(snapshot, hidden, final)
-            self.last_save_s = time.monotonic() - started
+            seconds = time.monotonic() - started
+            self._last_save_s = seconds
             self.committed_step = snapshot.step
-            self._event("save_committed", step=snapshot.step, path=final.name, seconds=round(self.last_save_s, 4))
+            self._event("save_committed", step=snapshot.step, path=final.name, seconds=round(seconds, 4))
             self._read_back(final)
             self.failure = None
         except OSError as error:

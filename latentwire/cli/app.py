@@ -14,6 +14,7 @@ from latentwire.cli.config import config
 from latentwire.cli.control import cancel, preempt
 from latentwire.cli.events import events
 from latentwire.cli.logs import logs
+from latentwire.cli.starting import run, submit
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -38,7 +39,7 @@ def latentwire(
 ) -> None:
     """Training runs that survive preemption: look at them, steer them, check them.
 
-    Runs are started with: python -m latentwire.orchestrate
+    Runs are started, and looked after, with: python -m latentwire.orchestrate
     """
 
 
@@ -47,6 +48,8 @@ def _listed_here_run_by_main() -> None:
     status.main([])
 
 
+app.command()(run)
+app.command()(submit)
 app.command()(logs)
 app.command()(events)
 app.command()(preempt)

@@ -37,7 +37,7 @@ class Board(logging.Handler):
         self._console = Console()
         self._recent: collections.deque[str] = collections.deque(maxlen=_LINES_SHOWN)
         self._live = Live(console=self._console, auto_refresh=False) if self._console.is_terminal else None
-        self._next_plain = 0.0
+        self._shown: dict[str, tuple[object, int, float]] = {}
         self._console.print(f"log: {log_path}", highlight=False)
 
     def __enter__(self) -> Board:
@@ -60,14 +60,23 @@ class Board(logging.Handler):
             print(line, flush=True)
 
     def show(self, statuses: Sequence[RunStatus]) -> None:
-        """Draw the present state of all runs."""
+        """Draw the present state: on a terminal of all runs that there is room for, elsewhere of those that changed."""
         if self._live is not None:
             lines = Text("\n".join(self._recent), style="dim", overflow="ellipsis", no_wrap=True)
-            self._live.update(Group(_table(statuses), lines), refresh=True)
-        elif time.monotonic() >= self._next_plain:
-            self._next_plain = time.monotonic() + _PLAIN_EVERY_S
-            for status in statuses:
-                print(f"{time.strftime('%H:%M:%S')} {_line(status)}", flush=True)
+            room = max(1, self._console.height - _LINES_SHOWN - 3)
+            self._live.update(Group(*_table(statuses, room), lines), refresh=True)
+            return
+        for status in statuses:
+            self._show_plainly(status)
+
+    def _show_plainly(self, status: RunStatus) -> None:
+        """A line when the run's state changes, and now and then while it makes steps."""
+        state = (status.state, status.phase, status.attempt, status.reason)
+        before, step, shown = self._shown.get(status.name, (None, 0, 0.0))
+        if state == before and (status.step == step or time.monotonic() - shown < _PLAIN_EVERY_S):
+            return
+        self._shown[status.name] = (state, status.step, time.monotonic())
+        print(f"{time.strftime('%H:%M:%S')} {_line(status)}", flush=True)
 
     def epilogue(self, statuses: Sequence[RunStatus], stopped: bool) -> None:
         """The last words: what became of each run, and what to type next."""
@@ -107,28 +116,39 @@ def _line(status: RunStatus) -> str:
         words.append(f"ETA {duration(status.eta_s)}")
     if status.num_preemptions:
         words.append(f"{status.num_preemptions} preempted")
-    if status.reason:
-        words.append(status.reason)
+    if status.reason or status.warning:
+        words.append(status.reason or status.warning or "")
     return one_line(", ".join(words))
 
 
-def _table(statuses: Sequence[RunStatus]) -> Table:
+_FINISHED = ("DONE", "CANCELLED", "STOPPED")
+
+
+def _table(statuses: Sequence[RunStatus], room: int) -> list[Table | Text]:
+    """The runs that move first, then those that wait, then those that are over."""
     table = Table(expand=True, box=None, header_style="bold")
     for name in ("run", "state", "attempt", "progress", "step", "loss", "samples/s", "ETA", "preempted"):
         table.add_column(name, no_wrap=True, ratio=2 if name == "progress" else None)
-    for status in statuses:
-        state = Text(status.state, style=_COLOURS.get(status.state, ""))
-        if status.phase:
-            state.append(f" {status.phase}", style="dim")
-        table.add_row(
-            Text(status.name),
-            state,
-            str(status.attempt),
-            ProgressBar(total=status.total_steps or 1, completed=status.step),
-            f"{status.step}/{status.total_steps or '?'}",
-            figure(status.loss),
-            figure(status.samples_per_s),
-            duration(status.eta_s),
-            str(status.num_preemptions),
-        )
-    return table
+    in_order = sorted(statuses, key=lambda s: (s.state in _FINISHED, s.state == "PENDING"))
+    for status in in_order[:room]:
+        _add_row(table, status)
+    left_out = collections.Counter(status.state for status in in_order[room:])
+    more = ", ".join(f"{number} {state}" for state, number in left_out.items())
+    return [table, Text(f"and {more}", style="dim")] if more else [table]
+
+
+def _add_row(table: Table, status: RunStatus) -> None:
+    state = Text(status.state, style=_COLOURS.get(status.state, ""))
+    if status.phase:
+        state.append(f" {status.phase}", style="dim")
+    table.add_row(
+        Text(status.name),
+        state,
+        str(status.attempt),
+        ProgressBar(total=status.total_steps or 1, completed=status.step),
+        f"{status.step}/{status.total_steps or '?'}",
+        figure(status.loss),
+        figure(status.samples_per_s),
+        duration(status.eta_s),
+        str(status.num_preemptions),
+    )

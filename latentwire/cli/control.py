@@ -115,7 +115,7 @@ def _why_not(run: Run) -> str:
 
 def _slurm_job(run: Run) -> str | None:
     """The newest Slurm job: of the newest attempt, or one that was submitted and has not started yet."""
-    from latentwire.scheduler.submission import list_jobs
+    from latentwire.scheduler.jobs import list_jobs
 
     jobs = list_jobs(run)
     if jobs:
@@ -130,7 +130,9 @@ def _send(attempt: Attempt, signum: signals.Signals) -> str:
     record = attempt.record()
     of = f"attempt {attempt.number} of {attempt.run.name}"
     if record.get("scheduler") == "slurm":
-        _scancel(str(record["job_id"]), "-s", signum.name.removeprefix("SIG"))
+        from latentwire.scheduler.slurm import signal_target
+
+        _scancel(signal_target(str(record["job_id"]), signum), "-s", signum.name.removeprefix("SIG"))
         return f"Slurm job {record['job_id']}, {of}"
     agent = attempt.agent()
     if agent is None or not agent.send(signum):

@@ -37,35 +37,52 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="latentwire status", description=SUMMARY)
     parser.add_argument("run", metavar="RUN", nargs="?", help="a run's name or directory")
     parser.add_argument("--json", action="store_true", help="one JSON object for each run")
+    parser.add_argument("--live", action="store_true", help="also ask the scheduler: why a job waits, and until when")
     parser.add_argument("--runs-dir", type=Path, default=DEFAULT_RUNS_DIR, help="the folder of the runs")
     options = parser.parse_args(arguments)
     if options.run is None:
-        _show_fleet(options.runs_dir, options.json)
+        _show_fleet(options.runs_dir, options.json, options.live)
     else:
-        _show_run(open_run(options.run, options.runs_dir), options.json)
+        _show_run(open_run(options.run, options.runs_dir), options.json, options.live)
 
 
-def _show_fleet(runs_dir: Path, json: bool) -> None:
-    statuses = [run_status(run) for run in list_runs(runs_dir)]
+def _show_fleet(runs_dir: Path, json: bool, live: bool) -> None:
+    runs = list_runs(runs_dir)
+    statuses = [run_status(run) for run in runs]
+    jobs = _jobs(runs) if live else {}
     if json:
-        print("[" + ",\n ".join(each.to_json() for each in statuses) + "]")
+        print("[" + ",\n ".join(_to_json(each, jobs) for each in statuses) + "]")
     elif not statuses:
         print(one_line(f"no runs in {runs_dir.absolute()}"))
     else:
-        _print_fleet(statuses)
+        _print_fleet(statuses, jobs)
 
 
-def _show_run(run: Run, json: bool) -> None:
+def _show_run(run: Run, json: bool, live: bool) -> None:
     state = run_status(run)
+    jobs = _jobs([run]) if live else {}
     if json:
-        print(state.to_json())
+        print(_to_json(state, jobs))
     else:
-        _print_run(run, state)
+        _print_run(run, state, jobs)
 
 
-def _print_fleet(statuses: list[RunStatus]) -> None:
+def _jobs(runs: list[Run]) -> dict[str, str]:
+    from latentwire.cli.live import jobs_in_words
+
+    return jobs_in_words(runs)
+
+
+def _to_json(state: RunStatus, jobs: dict[str, str]) -> str:
+    return state.to_json({"job": jobs[state.name]} if jobs else {})
+
+
+def _print_fleet(statuses: list[RunStatus], jobs: dict[str, str]) -> None:
     now = time.time()
-    header, *lines = columns([_HEADER, *(_row(each, now) for each in statuses)])
+    more = {each.name: (jobs[each.name],) if jobs else () for each in statuses}
+    rows = [(*_row(each, now)[:-1], *more[each.name], _row(each, now)[-1]) for each in statuses]
+    head = (*_HEADER[:-1], *(("job",) if jobs else ()), _HEADER[-1])
+    header, *lines = columns([head, *rows])
     print(header)
     for line, each in zip(lines, statuses, strict=True):
         colour = _COLOURS.get(each.state) if coloured() else None
@@ -83,22 +100,25 @@ def _row(state: RunStatus, now: float) -> tuple[str, ...]:
         figure(state.samples_per_s),
         duration(state.eta_s),
         ago(state.verified_at, now),
-        state.reason or state.phase or "",
+        state.reason or state.warning or state.phase or "",
     )
 
 
-def _print_run(run: Run, state: RunStatus) -> None:
+def _print_run(run: Run, state: RunStatus, jobs: dict[str, str]) -> None:
     now = time.time()
     facts = {
         "run": state.name,
         "state": state.state + (f", {state.phase}" if state.phase else ""),
         "reason": state.reason,
+        "job": jobs.get(state.name),
         "step": f"{state.step} of {figure(state.total_steps)}",
         "loss": figure(state.loss),
         "samples/s": figure(state.samples_per_s),
         "ETA": duration(state.eta_s),
         "committed": None if state.committed_step is None else f"step {state.committed_step}",
         "verified": ago(state.verified_at, now),
+        "notice": _notice(state),
+        "advice": state.advice,
         "preempted": "once" if state.num_preemptions == 1 else f"{state.num_preemptions} times",
         "orchestrator": _orchestrator(run),
         "weights": state.weights_sha256 and f"SHA-256 {state.weights_sha256}",
@@ -111,6 +131,12 @@ def _print_run(run: Run, state: RunStatus) -> None:
         running = attempts[-1] if state.state in _ALIVE else None
         rows = [_attempt_row(attempt, attempt == running, now) for attempt in attempts]
         print("\n" + "\n".join(columns([header, *rows])))
+
+
+def _notice(state: RunStatus) -> str | None:
+    if state.warning or state.notice_needs_s is None:
+        return state.warning
+    return f"needs {figure(state.notice_needs_s)} s of {figure(state.grace_s)} s grace"
 
 
 def _orchestrator(run: Run) -> str:

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 
 from latentwire.preemption.handler import Notice
 
-_WINDOW = 100
+WINDOW = 100
+"""So many durations are remembered."""
 MARGIN_S = 2.0
 """Seconds left over for leaving: closing files, the requeue, the exit."""
 
@@ -24,6 +25,7 @@ def deadline(
     Asked after a notice, at a safe point, never in a handler. The earliest of the configured grace, Slurm's
     SLURM_JOB_END_TIME (unix seconds, from Slurm 23.02; the job's time limit), and the scheduler's present EndTime
     (which at preemption is notice + GraceTime): to be early costs a step, to be late costs all since the last save.
+    The partition's GraceTime itself is left out: it does not govern `scancel -s TERM` and the time limit's warning.
 
     Args:
         notice: what came.
@@ -43,10 +45,13 @@ class Pace:
     """Recent durations of one kind of work, for a careful guess at the next. Seconds."""
 
     def __init__(self) -> None:
-        self._durations: collections.deque[float] = collections.deque(maxlen=_WINDOW)
+        self._durations: collections.deque[float] = collections.deque(maxlen=WINDOW)
+        self.num = 0
+        """How many were recorded."""
 
     def add(self, seconds: float) -> None:
         """Record one."""
+        self.num += 1
         self._durations.append(seconds)
 
     @property

@@ -14,6 +14,7 @@
         attempt.json               job id, how often Slurm had restarted it, node, pid
         events.agent.jsonl  events.rank0.jsonl  metrics.jsonl  gpu_stats.jsonl
         stdout.log  stderr.log  monitor.log  environment.json  placement.json
+        grace.json                 what the scheduler gives at preemption, where that is known
         deadline.json              after a notice: when the scheduler ends the job
         restoring.json             present while a checkpoint is being loaded
         rank0.json                 how the rank ended
@@ -214,6 +215,15 @@ class Attempt:
                 f"attempt {self.number} of {self.run.name} was superseded by attempt {newest}: it commits nothing more"
             )
 
+    def set_grace(self, seconds: float) -> None:
+        """Write down what the scheduler gives at preemption. Called by the agent."""
+        write_json(self.path / "grace.json", {"seconds": seconds})
+
+    def grace_s(self) -> float | None:
+        """What the scheduler gives at preemption, where that is known."""
+        record = read_json(self.path / "grace.json")
+        return float(record["seconds"]) if isinstance(record, dict) and "seconds" in record else None
+
     def set_end(self, unix_s: float) -> None:
         """Write down when the scheduler means to end the job. Called by an agent after a notice; all write the same."""
         write_json(self.path / "deadline.json", {"unix_s": unix_s})
@@ -303,7 +313,7 @@ def refuse_another_identity(run: Run, config: Config) -> bool:
     Raises:
         RunConflict: it exists and belongs to a config that gives another result; the message shows the difference.
     """
-    from latentwire.config import differences
+    from latentwire.tree import differences
 
     if not (run.path / "config.yaml").exists():
         return False

@@ -111,16 +111,21 @@ def time_of(record: Mapping[str, Any]) -> float:
     return float(time_s) if isinstance(time_s, int | float) else 0.0
 
 
-def last_record(path: Path, key: str = "time") -> dict[str, Any] | None:
-    """The last whole record that has ``key``, looked for in the end of the file only."""
+def newest_first(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole records in the end of a file, the last one first; a missing file has none."""
     try:
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - _TAIL_BYTES))
             lines = file.read().splitlines(keepends=True)
     except (FileNotFoundError, NotADirectoryError):
-        return None
-    return next((r for r in map(_parse, reversed(lines)) if r is not None and key in r), None)
+        return
+    yield from (record for record in map(_parse, reversed(lines)) if record is not None)
+
+
+def last_record(path: Path, key: str = "time") -> dict[str, Any] | None:
+    """The last whole record that has ``key``, looked for in the end of the file only."""
+    return next((record for record in newest_first(path) if key in record), None)
 
 
 class Follower:

@@ -21,7 +21,8 @@ STALE_AFTER_S = 180.0
 class Lease:
     """The right to submit jobs for a run: a file that names its holder, renewed while it is held.
 
-    A holder on this host is judged by its process, a holder on another host by its last renewal. The small window of
+    A holder on this host is judged by its process, a holder on another host by its last renewal; one that was the same
+    Slurm job before it was started again is gone. The small window of
     taking over is closed by a file lock; where the file system has none, the attempts' fencing tokens still keep two
     jobs of one run from both committing.
 
@@ -34,6 +35,7 @@ class Lease:
         self.path = path
         self._clock = clock
         self._me = ProcessIdentity.of()
+        self._job_id = os.environ.get("SLURM_JOB_ID")
 
     def acquire(self) -> None:
         """Take the lease, from nobody, from ourselves or from a dead holder. Does not wait.
@@ -67,7 +69,8 @@ class Lease:
         self._write()
 
     def _write(self) -> None:
-        write_json(self.path, {"holder": dataclasses.asdict(self._me), "renewed": self._clock()})
+        record = {"holder": dataclasses.asdict(self._me), "renewed": self._clock(), "job_id": self._job_id}
+        write_json(self.path, record)
 
     def release(self) -> None:
         """Give the lease back if it is ours."""
@@ -80,6 +83,8 @@ class Lease:
         holder = self._named(record)
         if holder is None:
             return None
+        if self._job_id is not None and record.get("job_id") == self._job_id and holder != self._me:
+            return None  # ourselves before a requeue, on this node or another
         alive = holder.is_alive()
         if alive is None:
             alive = self._clock() - float(record.get("renewed", 0)) < STALE_AFTER_S

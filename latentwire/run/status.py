@@ -8,6 +8,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from latentwire.run.budget import verdict_of
@@ -38,7 +39,11 @@ class RunStatus:
         committed_step: newest step that this run committed.
         verified_at: when the newest verified checkpoint was verified.
         job_id: of the newest attempt.
-        reason: why it is not running.
+        reason: why it is not running, or not well.
+        notice_needs_s: of a running attempt: what its step and its save take at a notice.
+        grace_s: what it would have for that.
+        warning: what a notice would lose; None where it fits, or nothing was measured yet.
+        advice: what to change then.
         weights_sha256: of the finished run.
     """
 
@@ -58,11 +63,15 @@ class RunStatus:
     verified_at: float | None
     job_id: str | None
     reason: str | None
+    notice_needs_s: float | None
+    grace_s: float | None
+    warning: str | None
+    advice: str | None
     weights_sha256: str | None
 
-    def to_json(self) -> str:
-        """One JSON object."""
-        return json.dumps(dataclasses.asdict(self))
+    def to_json(self, more: Mapping[str, Any]) -> str:
+        """One JSON object, with ``more`` in it."""
+        return json.dumps({**dataclasses.asdict(self), **more})
 
 
 def run_status(run: Run, now: float | None = None) -> RunStatus:
@@ -78,6 +87,7 @@ def run_status(run: Run, now: float | None = None) -> RunStatus:
     state, reason = _state(run, alive, [v.outcome for v in verdicts], facts, now)
     if reason is None and verdicts and state not in ("RUNNING", "STALLED", "DONE"):
         reason = verdicts[-1].error
+    forecast = facts.forecast if alive else {}
     return RunStatus(
         name=run.name,
         path=str(run.path),
@@ -95,6 +105,10 @@ def run_status(run: Run, now: float | None = None) -> RunStatus:
         verified_at=facts.verified_at,
         job_id=newest.record().get("job_id") if newest else _submitted_job(run),
         reason=reason,
+        notice_needs_s=_number(forecast.get("needs_s")),
+        grace_s=_number(forecast.get("grace_s")),
+        warning=forecast.get("warning"),
+        advice=forecast.get("advice"),
         weights_sha256=facts.weights_sha256 if state == "DONE" else None,
     )
 
@@ -142,6 +156,7 @@ class _Facts:
         self.verified_at: float | None = None
         self.weights_sha256: str | None = None
         self.alarm: str | None = None
+        self.forecast: dict[str, Any] = {}
 
     def take(self, attempt: Attempt) -> None:
         for event in attempt.events():
@@ -160,6 +175,9 @@ class _Facts:
         self.phase = _PHASES.get(str(name), self.phase)
         if name == "attempt_started":
             self.last_step_at = _number(event.get("time"))
+            self.forecast = {}
+        elif name == "forecast":
+            self.forecast = event
         if name in ("attempt_started", "training_started") and event.get("total_steps") is not None:
             self.total_steps = _whole(event["total_steps"], self.total_steps or 0)
         elif name == "restored":

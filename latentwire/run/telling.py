@@ -7,8 +7,22 @@ from typing import Any
 
 Event = Mapping[str, Any]
 
-_WORDS: dict[str, Callable[[Event], str]] = {
-    "submitted": lambda e: f"submitted as job {e.get('job_id')} ({e.get('scheduler')})",
+_WORDS: dict[str, Callable[[Event], str | None]] = {
+    "submitted": lambda e: (
+        f"found as job {e.get('job_id')}: its submission was cut short"
+        if e.get("found")
+        else f"submitted as job {e.get('job_id')} ({e.get('scheduler')})"
+    ),
+    "submission_failed": lambda e: (
+        "could not be submitted"
+        + (f", again in {e['again_in_s']} s" if "again_in_s" in e else "")
+        + f": {e.get('error')}"
+    ),
+    "rung": lambda e: (
+        f"job {e.get('job_id')} asks for {e.get('gpus')} GPUs instead of {e.get('before')}: {e.get('why')}"
+        if e.get("gpus") != e.get("before")
+        else None
+    ),
     "job_died": lambda e: f"job {e.get('job_id')} died before it started: {e.get('reason')}",
     "job_cancelled": lambda e: f"job {e.get('job_id')} was cancelled by hand: not submitted again",
     "requeue": lambda e: (
@@ -25,6 +39,11 @@ _WORDS: dict[str, Callable[[Event], str]] = {
     "placed": lambda e: f"placed on {', '.join(e.get('devices', []))}: {e.get('why')}",
     "node_started": lambda e: f"node {e.get('node')} ({e.get('host')}) takes part",
     "environment_changed": lambda e: f"WARNING environment changed, {e.get('note')}: {'; '.join(e.get('changes', []))}",
+    "forecast": lambda e: (
+        f"WARNING {e['warning']}. To change it: {e.get('advice')}"
+        if e.get("warning")
+        else f"a notice fits: needs {_figure(e.get('needs_s'))} s of {_figure(e.get('grace_s'))} s grace"
+    ),
     "workload_built": lambda e: f"workload built in {_seconds(e)}",
     "restored": lambda e: f"resumed at step {e.get('step')} in {_seconds(e)}" if e.get("step") else "starts at step 0",
     "training_started": lambda e: f"training from step {e.get('step')} to {e.get('total_steps')}",

@@ -9,9 +9,11 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from latentwire.run.budget import next_move
+from latentwire.preemption.handler import blocked
+from latentwire.run.atomic import write_json
+from latentwire.run.budget import next_move, verdict_of
 from latentwire.run.directory import Attempt, Run
 from latentwire.run.journal import Journal
 from latentwire.run.process import node_name
@@ -40,6 +42,10 @@ class LocalAllocation:
         """Of this machine, for itself."""
         return "127.0.0.1"
 
+    def grace_s(self) -> float | None:
+        """Not known: it is for the person to say."""
+        return None
+
     def end_unix_s(self) -> float | None:
         """Not known."""
         return None
@@ -59,9 +65,11 @@ class SlurmAllocation:
     @classmethod
     def of_this_task(cls, environ: Mapping[str, str]) -> SlurmAllocation:
         """What Slurm has put into the environment of a task that srun started."""
+        job_id = slurm.own_job_id(environ)
+        assert job_id is not None
         return cls(
-            job_id=environ["SLURM_JOB_ID"],
-            restart=int(environ.get("SLURM_RESTART_COUNT", 0)),
+            job_id=job_id,
+            restart=slurm.restart_count(environ),
             node_rank=int(environ.get("SLURM_NODEID", 0)),
             num_nodes=int(environ.get("SLURM_STEP_NUM_NODES", 1)),
             num_gpus=_num_gpus(environ),
@@ -71,8 +79,12 @@ class SlurmAllocation:
         """NodeAddr of this node, by which Slurm's own daemons reach it; else the host's name."""
         return slurm.node_address(node_name()) or socket.gethostname()
 
+    def grace_s(self) -> float | None:
+        """The partition's GraceTime."""
+        return slurm.grace_time(self.job_id)
+
     def end_unix_s(self) -> float | None:
-        """EndTime as Slurm gives it now: during grace that is its end."""
+        """What Slurm says now: the end of the grace, or of KillWait where the job is being ended."""
         return slurm.end_time(self.job_id)
 
 
@@ -119,17 +131,25 @@ class TrainingJob:
 def _lead(agent: Agent) -> str:
     outcome = "failed"
     try:
-        # the notice may have come before anybody could hear it
-        is_late = slurm.is_being_preempted(agent.allocation.job_id)
-        outcome = "preempted" if is_late else agent.main().outcome
+        with blocked():  # the agent's handlers unblock them, so that a notice is either found here or heard there
+            if _is_finished(agent.run):  # a successor that is not needed
+                outcome = "finished"
+            else:
+                is_late = slurm.is_ending(agent.allocation.job_id)
+                outcome = "preempted" if is_late else agent.main().outcome
     finally:
         if agent.allocation.num_nodes > 1:
             _tell_followers(agent.run, agent.allocation, outcome)
     if agent.attempt is not None and not agent.attempt.is_newest():
         os._exit(0)  # the run goes on elsewhere, perhaps as this very job: its requeue and its result are not ours
     if outcome == "preempted" or (outcome == "lost" and next_move(agent.run, agent.config.retry).again):
-        _requeue(agent.allocation, agent.attempt)
+        _give_back(agent.run, agent.allocation, agent.attempt)
     return outcome
+
+
+def _is_finished(run: Run) -> bool:
+    attempts = run.attempts()
+    return bool(attempts) and verdict_of(attempts[-1]).outcome == "finished"
 
 
 def _tell_followers(run: Run, allocation: Allocation, outcome: str) -> None:
@@ -139,18 +159,24 @@ def _tell_followers(run: Run, allocation: Allocation, outcome: str) -> None:
         print(f"the other nodes of job {allocation.job_id} could not be told of its end: {error}", file=sys.stderr)
 
 
-def _requeue(allocation: Allocation, attempt: Attempt | None) -> None:
-    result = slurm.requeue(allocation.job_id, allocation.restart)
-    if attempt is not None:
-        _write_down(attempt, result)
+def _give_back(run: Run, allocation: Allocation, attempt: Attempt | None) -> None:
+    """Have the job started again, and end it here; where that cannot be, say so and return."""
+    job_id = allocation.job_id
+    result = slurm.requeue(job_id, allocation.restart)
+    end = attempt.end_unix_s() if attempt is not None else None
+    given_back_s = None if end is None else round(end - time.time(), 1)
+    _write_down(attempt, "requeue", done=result.done, reason=result.reason, given_back_s=given_back_s)
     if result.done:
         os._exit(0)
+    if not run.cancel_path.exists() and slurm.was_cancelled(job_id, allocation.restart):
+        # Slurm forgets it in minutes, the run does not
+        write_json(run.cancel_path, {"time": time.time(), "by": f"scancel of job {job_id}"})
+        _write_down(attempt, "job_cancelled", job_id=job_id)
 
 
-def _write_down(attempt: Attempt, result: slurm.Requeue) -> None:
-    end = attempt.end_unix_s()
-    journal = Journal(attempt.path / "events.agent.jsonl")
-    given_back_s = None if end is None else round(end - time.time(), 1)
-    journal.event("requeue", done=result.done, reason=result.reason, given_back_s=given_back_s)
-    journal.sync()
-    journal.close()
+def _write_down(attempt: Attempt | None, event: str, **fields: Any) -> None:
+    if attempt is not None:
+        journal = Journal(attempt.path / "events.agent.jsonl")
+        journal.event(event, **fields)
+        journal.sync()
+        journal.close()

@@ -6,77 +6,35 @@ orchestrator (a lease) and one live job: a new one is submitted only when the la
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from typing import Any
 
 from latentwire.errors import LatentWireError, RunBusy, SchedulerError
 from latentwire.run.atomic import write_json
-from latentwire.run.budget import committed_step, next_move
-from latentwire.run.directory import Attempt, Run
-from latentwire.run.journal import Follower, Journal, last_record, read_journal, time_of
-from latentwire.run.lease import Lease
-from latentwire.run.status import RunStatus, is_alive, run_status
+from latentwire.run.budget import next_move
+from latentwire.run.directory import Run
+from latentwire.run.journal import time_of
+from latentwire.run.status import RunStatus, is_alive
 from latentwire.run.telling import tell
-from latentwire.scheduler.queue import JobStates, job_states
-from latentwire.scheduler.submission import Job, list_jobs, submit
+from latentwire.scheduler import ladder
+from latentwire.scheduler.jobs import Job, write_job
+from latentwire.scheduler.queue import Queue, ask, run_once
+from latentwire.scheduler.submission import Request, is_permanent, scheduler_kind, submit
+from latentwire.scheduler.watched import Watched
 
-_POLL_S = 0.5
+_FEW = 8
+_LOOK_S, _LOOK_AT_MANY_S = 0.5, 5.0
+_FOLD_S, _FOLD_MANY_S = 0.5, 10.0
+_ASK_S, _ASK_EAGERLY_S, _EAGER_FOR_S = 10.0, 1.0, 20.0
 _RENEW_S = 60.0
 _SUBMISSION_TAKES_S = 60.0
+_TURNING_POINTS = {"submitted", "attempt_ended", "requeue"}
+"""After these a job's state is about to change: Slurm is asked more often for a while, and otherwise left in peace."""
 
 log = logging.getLogger("latentwire.orchestrate")
-
-
-class Watched:
-    """A run that this orchestrator looks after: its lease, its journal, and what was last seen of it."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.lease = Lease(run.lease_path)
-        self.lease.acquire()
-        self.config = run.config()
-        self.journal = Journal(run.orchestrator_events)
-        self.done = False
-        self._followers: dict[Path, Follower] = {}
-        self._skip_what_was_told()
-
-    def submit(self) -> None:
-        """Submit the run's next job; the intention is on disk first."""
-        self.journal.event("submitting", number=len(list_jobs(self.run)) + 1)
-        job = submit(self.run)
-        self.journal.event("submitted", job_id=job.job_id, scheduler=job.scheduler, number=job.number)
-
-    def give_up(self, reason: str) -> None:
-        """Submit it no more; the reason stays on disk."""
-        self.done = True
-        self.journal.event("given_up", reason=reason)
-
-    def release(self) -> None:
-        """Give the run back."""
-        self.journal.close()
-        self.lease.release()
-
-    def news(self) -> list[str]:
-        """What happened since the last call, in words."""
-        self._follow_new_files()
-        events = [event for follower in self._followers.values() for event in follower.read()]
-        lines = [tell(event) for event in sorted(events, key=time_of)]
-        return [line for line in lines if line is not None]
-
-    def _follow_new_files(self) -> None:
-        for attempt in self.run.attempts():
-            for path in sorted(attempt.path.glob("events.*.jsonl")):
-                self._followers.setdefault(path, Follower(path))
-        self._followers.setdefault(self.run.orchestrator_events, Follower(self.run.orchestrator_events))
-
-    def _skip_what_was_told(self) -> None:
-        self._follow_new_files()
-        for follower in self._followers.values():
-            follower.read()
 
 
 class Orchestrator:
@@ -84,7 +42,8 @@ class Orchestrator:
 
     Args:
         runs: their directories; each is leased, or ``RunBusy`` is raised.
-        show: called with the statuses after each look, and with the news in words.
+        show: called with the statuses after each look.
+        max_running: so many of them may have a job at a time; None: all.
         clock: seconds since the epoch.
     """
 
@@ -92,18 +51,24 @@ class Orchestrator:
         self,
         runs: Sequence[Run],
         show: Callable[[Sequence[RunStatus]], None],
+        max_running: int | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._show = show
+        self._max_running = len(runs) if max_running is None else max_running
         self._clock = clock
         self._stop = threading.Event()
         self._next_renewal = clock() + _RENEW_S
+        self._next_ask = 0.0
+        self._eager_until = 0.0
         self.watched: list[Watched] = []
         try:
             self.watched.extend(Watched(run) for run in runs)
         except LatentWireError:
             self.release()
             raise
+        sections = {watched.config.scheduler.kind: watched.config.scheduler for watched in self.watched}
+        self._kinds = {name: scheduler_kind(section) for name, section in sections.items()}
 
     def stop(self) -> None:
         """Make ``main`` return soon; jobs go on. Safe in a signal handler."""
@@ -114,10 +79,13 @@ class Orchestrator:
         try:
             while True:
                 self._look()
-                statuses = [run_status(watched.run) for watched in self.watched]
-                self._show(statuses)
-                if all(watched.done for watched in self.watched) or self._stop.wait(_POLL_S):
-                    return statuses
+                open_ones = [watched for watched in self.watched if not watched.done]
+                self._fold(0.0 if not open_ones else _FOLD_S if len(open_ones) <= _FEW else _FOLD_MANY_S)
+                self._show([watched.status for watched in self.watched])
+                pause = _LOOK_S if len(open_ones) <= _FEW else _LOOK_AT_MANY_S
+                if not open_ones or self._stop.wait(pause):
+                    self._fold(0.0)
+                    return [watched.status for watched in self.watched]
         finally:
             self.release()
 
@@ -126,24 +94,32 @@ class Orchestrator:
         for watched in self.watched:
             watched.release()
 
+    def _is_slurm(self, watched: Watched) -> bool:
+        return self._kinds[watched.config.scheduler.kind] == "slurm"
+
+    def _fold(self, at_most_every_s: float) -> None:
+        for watched in self.watched:
+            watched.fold(self._clock(), at_most_every_s)
+
     def _look(self) -> None:
+        """Read what changed; now and then ask the schedulers, and do what is to be done."""
         self._renew()
+        self._tell_news()
+        now = self._clock()
         open_ones = [watched for watched in self.watched if not watched.done]
-        jobs_of = [list_jobs(watched.run) for watched in open_ones]  # once: a job that appears later was not asked for
+        if now < self._next_ask and any(self._is_slurm(watched) for watched in open_ones):
+            return
+        self._next_ask = now + (_ASK_EAGERLY_S if now < self._eager_until else _ASK_S)
         try:
-            states = job_states([jobs[-1] for jobs in jobs_of if jobs])
+            cut_short = any(watched.is_unsure() and self._is_slurm(watched) for watched in open_ones)
+            queue = ask([job for watched in open_ones for job in watched.chain()], unknown_ones=cut_short)
         except SchedulerError as error:
             log.warning("the scheduler does not answer, waiting: %s", error)
             return
-        for watched, jobs in zip(open_ones, jobs_of, strict=True):
-            try:
-                self._advance(watched, jobs, states)
-            except (LatentWireError, OSError) as error:  # an OSError: its directory was removed, or cannot be written
-                watched.give_up(str(error))
-                log.error("%s: given up: %s", watched.run.name, error)
-        for watched in self.watched:
-            for line in watched.news():
-                log.info("%s: %s", watched.run.name, line)
+        due = self._advance_all(open_ones, queue)
+        if due:
+            self._submit(due)
+            self._tell_news()
 
     def _renew(self) -> None:
         if self._clock() < self._next_renewal:
@@ -158,65 +134,181 @@ class Orchestrator:
                 log.warning("%s", error)
                 watched.done = True
 
-    def _advance(self, watched: Watched, jobs: Sequence[Job], states: JobStates) -> None:
-        """One run: wait for its job, or submit the next, or be done with it."""
-        run, now = watched.run, self._clock()
-        attempts = run.attempts()
-        job, attempt = (jobs[-1] if jobs else None), (attempts[-1] if attempts else None)
-        running = attempt is not None and attempt.ended() is None and is_alive(attempt, now)
-        if running or (job is not None and job.job_id in states.live) or _is_being_submitted(run, job, now):
-            return
-        if job is not None and job.job_id in states.cancelled and not run.cancel_path.exists():
-            write_json(run.cancel_path, {"time": now, "by": f"scancel of job {job.job_id}"})
-            watched.journal.event("job_cancelled", job_id=job.job_id)
-        if run.cancel_path.exists():
-            watched.done = True
-        elif job is not None and job.job_id not in {a.record().get("job_id") for a in attempts}:
-            self._after_a_death(watched, job)
-        else:
-            self._after_an_attempt(watched, attempt)
+    def _tell_news(self) -> None:
+        for watched in self.watched:
+            for event in watched.refresh():
+                if event.get("event") in _TURNING_POINTS:
+                    self._eager_until = self._clock() + _EAGER_FOR_S
+                    self._next_ask = 0.0
+                line = tell(event)
+                if line is not None:
+                    log.info("%s: %s", watched.run.name, line)
 
-    def _after_an_attempt(self, watched: Watched, attempt: Attempt | None) -> None:
-        if attempt is not None and attempt.ended() is None and not self._told_lost(watched, attempt):
-            watched.journal.event("attempt_lost", attempt=attempt.number, step=committed_step(attempt))
-        move = next_move(watched.run, watched.config.retry)
+    # --- one run ------------------------------------------------------------------------------------------------------
+
+    def _advance_all(self, open_ones: Sequence[Watched], queue: Queue) -> list[Watched]:
+        """Bring each run forward; returns those whose next job is due and may be submitted now."""
+        busy = [watched for watched in open_ones if self._is_busy(watched, queue)]
+        free = self._max_running - len(busy)
+        due: list[Watched] = []
+        for watched in open_ones:
+            if watched in busy or watched.done or free <= 0:
+                continue
+            try:
+                due_at = self._due_at(watched)
+            except (LatentWireError, OSError) as error:  # an OSError: its directory was removed, or cannot be written
+                self._give_up(watched, str(error))
+                continue
+            if due_at is not None:
+                free -= 1  # one that pauses keeps its place
+                due += [watched] if self._clock() >= due_at else []
+        return due
+
+    def _is_busy(self, watched: Watched, queue: Queue) -> bool:
+        """Whether it has, or may have, a job: then it is looked after and no other is submitted."""
+        chain = watched.chain()
+        try:
+            self._heed_a_cancel(watched, chain, queue)
+            live = [job for job in chain if queue.is_live(job)]
+            if live:
+                self._mind_the_ladder(watched, live[0], queue)
+            return bool(live) or self._runs_here(watched) or self._is_being_submitted(watched, queue)
+        except (LatentWireError, OSError) as error:
+            self._give_up(watched, str(error))
+            return False
+
+    def _runs_here(self, watched: Watched) -> bool:
+        """A local attempt is judged by its process; one under Slurm by its job, whatever its node may say."""
+        attempt = watched.attempts[-1] if watched.attempts else None
+        if attempt is None or attempt.record().get("scheduler") == "slurm" or attempt.ended() is not None:
+            return False
+        return is_alive(attempt, self._clock())
+
+    def _heed_a_cancel(self, watched: Watched, chain: Sequence[Job], queue: Queue) -> None:
+        """A plain scancel is a person's word: the run stays cancelled, and what waits after its job is taken back."""
+        run = watched.run
+        since = watched.resumed_at() if any(queue.was_cancelled(job) for job in chain) else 0.0
+        cancelled = [job for job in chain if queue.was_cancelled(job) and job.submitted > since]
+        if cancelled and not watched.is_cancelled:
+            write_json(run.cancel_path, {"time": self._clock(), "by": f"scancel of job {cancelled[0].job_id}"})
+            watched.is_cancelled = True
+            watched.journal.event("job_cancelled", job_id=cancelled[0].job_id)
+        if not watched.is_cancelled:
+            return
+        for job in chain:
+            state = queue.state_of(job)
+            if job.scheduler == "slurm" and state is not None and state.state == "PENDING":
+                run_once(["scancel", job.job_id])
+
+    def _is_being_submitted(self, watched: Watched, queue: Queue) -> bool:
+        """An orchestrator that was killed may have left a submission under way, whose job is not written down yet."""
+        if not watched.is_unsure():
+            return False
+        last = watched.last_event
+        found = queue.ids_with(str(last.get("token", "")))
+        if last.get("task") is not None:
+            found = [job_id for job_id in found if job_id.endswith(f"_{last['task']}")]
+        if found:
+            self._adopt(watched, int(last["number"]), found)
+            return True
+        return last["event"] == "submitting" and self._clock() - time_of(last) < _SUBMISSION_TAKES_S
+
+    def _adopt(self, watched: Watched, number: int, job_ids: list[str]) -> None:
+        """Take over jobs whose submission was cut short: the first, and its successors."""
+        before = None
+        for place, job_id in enumerate(sorted(job_ids, key=lambda each: int(each.partition("_")[0]))):
+            write_job(watched.run, number + place, job_id, "slurm", after=before)
+            before = job_id
+        watched.refresh()
+        watched.submitted(watched.chain()[0], found=True)
+
+    def _due_at(self, watched: Watched) -> float | None:
+        """When the next job of a run without one is due, unix seconds; None: never again."""
+        run, attempt = watched.run, watched.attempts[-1] if watched.attempts else None
+        if watched.is_cancelled:
+            watched.done = True
+            return None
+        ended = attempt.ended() if attempt is not None else None
+        unheard = watched.num_unheard_jobs()
+        if unheard and (ended is None or ended.get("outcome") != "finished"):
+            return self._due_after_a_death(watched, unheard)
+        if attempt is not None and ended is None:
+            watched.tell_lost(attempt)
+        move = next_move(run, watched.config.retry)
         if move.again:
-            ended_at = float((attempt.ended() or {}).get("time", 0)) if attempt is not None else 0.0
-            if self._clock() >= ended_at + move.pause_s:
-                watched.submit()
-        elif move.reason in ("finished", "interrupted", "cancelled"):
+            return max(watched.retry_at, time_of(ended or {}) + move.pause_s)
+        if move.reason in ("finished", "interrupted", "cancelled"):
             watched.done = True
         else:
-            watched.give_up(move.reason)
+            self._give_up(watched, move.reason)
+        return None
+
+    def _due_after_a_death(self, watched: Watched, unheard: int) -> float | None:
+        """The last job is gone and never made an attempt."""
+        reason = watched.tell_death(watched.jobs[-1])
+        if unheard <= watched.config.retry.other:
+            return watched.retry_at
+        self._give_up(watched, f"{unheard} jobs in a row died before they started: {reason}")
+        return None
 
     @staticmethod
-    def _told_lost(watched: Watched, attempt: Attempt) -> bool:
-        records = read_journal(watched.run.orchestrator_events)
-        return any(r.get("event") == "attempt_lost" and r.get("attempt") == attempt.number for r in records)
+    def _give_up(watched: Watched, reason: str) -> None:
+        watched.give_up(reason)
+        log.error("%s: given up: %s", watched.run.name, reason)
 
-    def _after_a_death(self, watched: Watched, job: Job) -> None:
-        """The newest job is gone and never made an attempt."""
-        last_words = _last_words(watched.run, job)
-        watched.journal.event("job_died", job_id=job.job_id, reason=last_words)
-        started = {attempt.record().get("job_id") for attempt in watched.run.attempts()}
-        since = itertools.takewhile(lambda j: j.job_id not in started, reversed(list_jobs(watched.run)))
-        deaths = sum(1 for _ in since)
-        if deaths > watched.config.retry.other:
-            watched.give_up(f"{deaths} jobs in a row died before they started: {last_words}")
+    def _mind_the_ladder(self, watched: Watched, job: Job, queue: Queue) -> None:
+        """A pending job asks for fewer GPUs after a while, and after a restart again for as many as can be had soon."""
+        config, state = watched.config, queue.state_of(job)
+        if len(config.scheduler.ladder) == 1 or state is None or state.state != "PENDING":
+            return
+        decided = watched.rung_decided_at(job, state.restarts)
+        now_asks = (state.gpus_per_node or 0) * config.scheduler.nodes
+        if decided is None and state.restarts:
+            wanted, why = ladder.best_rung(config), "it waits for its next start"
         else:
-            watched.submit()
+            lower = ladder.next_rung(config, state, decided, self._clock())
+            wanted, why = (now_asks if lower is None else lower), f"it waited for longer than patience ({state.reason})"
+            if lower is None:
+                return
+        try:
+            if wanted != now_asks:
+                ladder.change_gpus(config, job.job_id, wanted)
+        except SchedulerError as error:
+            log.warning("%s: job %s keeps its %d GPUs: %s", watched.run.name, job.job_id, now_asks, error)
+            wanted = now_asks
+        facts: dict[str, Any] = {"gpus": wanted, "before": now_asks, "why": why}
+        watched.journal.event("rung", job_id=job.job_id, restarts=state.restarts, **facts)
 
+    # --- submitting ---------------------------------------------------------------------------------------------------
 
-def _is_being_submitted(run: Run, job: Job | None, now: float) -> bool:
-    """An orchestrator that was killed may have left a submission under way, whose job is not written down yet."""
-    record = last_record(run.orchestrator_events)
-    if record is None or record.get("event") != "submitting":
-        return False
-    known = job.number if job is not None else 0
-    return int(record.get("number", 0)) > known and now - float(record["time"]) < _SUBMISSION_TAKES_S
+    def _submit(self, due: Sequence[Watched]) -> None:
+        """Submit the next jobs, those that ask for the same as one array."""
+        groups: dict[str, list[Watched]] = {}
+        for watched in due:
+            groups.setdefault(self._array_of(watched), []).append(watched)
+        for group in groups.values():
+            request = Request.of([watched.run for watched in group])
+            for task, (watched, (_, number)) in enumerate(zip(group, request.entries, strict=True)):
+                watched.submitting = {"number": number, "token": request.token} | ({"task": task} if group[1:] else {})
+                watched.journal.event("submitting", **watched.submitting)
+            try:
+                jobs = submit(request)
+            except (SchedulerError, OSError) as error:
+                self._after_a_refusal(group, error)
+                continue
+            for watched, job in zip(group, jobs, strict=True):
+                watched.submitted(job)
 
+    def _array_of(self, watched: Watched) -> str:
+        """Equal for runs whose next jobs can be tasks of one array."""
+        config = watched.config
+        if not self._is_slurm(watched) or config.scheduler.successors:
+            return watched.run.name
+        return f"{config.scheduler!r} {config.elastic.patience_s} {config.preemption.grace_s}"
 
-def _last_words(run: Run, job: Job) -> str:
-    paths = sorted((run.path / "submitit").glob(f"{job.job_id}/*.err"))
-    text = paths[-1].read_text(errors="replace").strip() if paths else ""
-    return text.splitlines()[-1][:300] if text else "it left no message"
+    def _after_a_refusal(self, group: Sequence[Watched], error: SchedulerError | OSError) -> None:
+        for watched in group:
+            if isinstance(error, OSError) or is_permanent(error):
+                self._give_up(watched, str(error))
+            else:
+                watched.put_off(error, self._clock())

@@ -7,11 +7,14 @@ import datetime
 import re
 import signal
 import subprocess
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 
 from latentwire.errors import SchedulerError
 
 _TIMEOUT_S = 20.0
+_EXIT_CODE_WITHIN_S = 5.0
+_POLL_S = 0.2
 _REQUEUE_SENDS = (signal.SIGTERM, signal.SIGCONT, signal.SIGUSR2)
 
 Runner = Callable[[Sequence[str]], str]
@@ -49,30 +52,80 @@ def run_inside_a_job(command: Sequence[str]) -> str:
     return done.stdout
 
 
+def signal_target(job_id: str, signum: signal.Signals) -> str:
+    """What ``scancel -s`` is given, so that the job's processes get the signal and the job is not cancelled.
+
+    A SIGKILL to the job is a plain scancel, after which nobody starts the run again; one to its step is a crash.
+    """
+    return f"{job_id}.0" if signum == signal.SIGKILL else job_id
+
+
+def own_job_id(environ: Mapping[str, str]) -> str | None:
+    """The job that a process with this environment runs in, as Slurm's commands want it; None outside of any.
+
+    The plain id of one task of an array is that of the whole array: to requeue it would start all its tasks again.
+    """
+    array = environ.get("SLURM_ARRAY_JOB_ID")
+    return environ.get("SLURM_JOB_ID") if array is None else f"{array}_{environ['SLURM_ARRAY_TASK_ID']}"
+
+
+def restart_count(environ: Mapping[str, str]) -> int:
+    """How often the job that a process with this environment runs in was started again."""
+    return int(environ.get("SLURM_RESTART_COUNT", 0))
+
+
 def show_job(job_id: str, runner: Runner = run_inside_a_job) -> dict[str, str]:
     """The fields of ``scontrol show job``.
 
     Raises:
         SchedulerError: Slurm did not answer or does not know the job.
     """
-    return dict(re.findall(r"(\S+?)=(\S*)", runner(["scontrol", "show", "job", "-o", job_id])))
+    return _fields(runner(["scontrol", "show", "job", "-o", job_id]))
 
 
-def end_time(job_id: str, runner: Runner = run_inside_a_job) -> float | None:
-    """When Slurm means to end the job, in unix seconds: at preemption that is now + GraceTime. None: it did not say."""
+def grace_time(job_id: str, runner: Runner = run_inside_a_job) -> float | None:
+    """Seconds between notice and kill when the job is preempted: the GraceTime of its partition, which may be 0.
+
+    None: jobs of the partition are not ended by preemption, a QOS decides and has a grace of its own, or Slurm did not
+    say. The job's record is asked for the partition, because SLURM_JOB_PARTITION lists all that were wished for.
+    """
     try:
-        text = show_job(job_id, runner).get("EndTime", "")
-        return datetime.datetime.fromisoformat(text).astimezone().timestamp()
+        if "preempt/partition_prio" not in runner(["scontrol", "show", "config"]):
+            return None
+        partition = show_job(job_id, runner).get("Partition", "")
+        fields = _fields(runner(["scontrol", "show", "partition", "--all", "-o", partition]))
+    except SchedulerError:
+        return None
+    is_ended = {"CANCEL", "REQUEUE"} & set(fields.get("PreemptMode", "").split(","))
+    seconds = fields.get("GraceTime", "")
+    return float(seconds) if is_ended and seconds.isdecimal() else None
+
+
+def end_time(job_id: str, runner: Runner = run_inside_a_job, clock: Callable[[], float] = time.time) -> float | None:
+    """When Slurm means to end the job, in unix seconds; None: it did not say.
+
+    Asked after a notice. At preemption that is now + GraceTime. A job that is being ended already (scancel, requeue,
+    time limit) has KillWait seconds from the notice on; its EndTime then is the past, or a guess at its next start.
+    """
+    try:
+        job = show_job(job_id, runner)
+        if job.get("JobState") != "RUNNING":
+            return clock() + _kill_wait_s(runner)
+        return datetime.datetime.fromisoformat(job.get("EndTime", "")).astimezone().timestamp()
     except (SchedulerError, ValueError):
         return None
 
 
-def is_being_preempted(job_id: str, runner: Runner = run_inside_a_job) -> bool:
-    """Whether the job's grace has begun. False where Slurm does not answer: the periodic saves are the guarantee."""
+def is_ending(job_id: str, runner: Runner = run_inside_a_job) -> bool:
+    """Whether the job was given notice: its grace has begun, or it is being ended.
+
+    False where Slurm does not answer: the periodic saves are the guarantee.
+    """
     try:
-        return show_job(job_id, runner).get("PreemptTime", "None") not in ("None", "")
+        job = show_job(job_id, runner)
     except SchedulerError:
         return False
+    return job.get("JobState") == "COMPLETING" or job.get("PreemptTime", "None") not in ("None", "")
 
 
 def node_address(node: str, runner: Runner = run_inside_a_job) -> str | None:
@@ -87,8 +140,9 @@ def node_address(node: str, runner: Runner = run_inside_a_job) -> str | None:
 def requeue(job_id: str, restart: int, runner: Runner = run_inside_a_job) -> Requeue:
     """Put the running job back into the queue, once; judged by its count of restarts having grown.
 
-    Only while JobState is RUNNING: a job that is being cancelled must stay cancelled. And only in the start of the job
-    that the caller belongs to: asked for from a node that was given up, it would hit the job where it runs by now.
+    Only while JobState is RUNNING: a job that is being cancelled must stay cancelled. And only by the start that the
+    caller belongs to: a job that somebody else has requeued needs no more (a person, or Slurm at the end of grace), and
+    on a node that was given up, a job that runs elsewhere by now would be thrown out there.
 
     Args:
         job_id: the job.
@@ -97,7 +151,7 @@ def requeue(job_id: str, restart: int, runner: Runner = run_inside_a_job) -> Req
     """
     try:
         before = show_job(job_id, runner)
-        if int(before.get("Restarts", 0)) > restart:
+        if _restarts(before) > restart:
             return Requeue(True, "Slurm has done so already")
         if before.get("JobState") != "RUNNING":
             return Requeue(False, f"JobState is {before.get('JobState')}")
@@ -105,5 +159,43 @@ def requeue(job_id: str, restart: int, runner: Runner = run_inside_a_job) -> Req
         after = show_job(job_id, runner)
     except SchedulerError as error:
         return Requeue(False, str(error))
-    grown = int(after.get("Restarts", 0)) > int(before.get("Restarts", 0))
+    grown = _restarts(after) > _restarts(before)
     return Requeue(grown, "requeued" if grown else "scontrol requeue had no effect")
+
+
+def was_cancelled(job_id: str, restart: int, runner: Runner = run_inside_a_job) -> bool:
+    """Whether somebody cancelled the job (a plain scancel), beyond doubt. Asked by a job that was told to end.
+
+    While processes of it live, Slurm shows COMPLETING whatever the cause; its other fields tell (measured on 22.05).
+    A time limit, a dead node or a batch script that was killed leaves a Reason, a preemption a PreemptTime, a requeue
+    another count of restarts, and a batch script that came to its end by itself an ExitCode other than 0:15. That code
+    comes a moment after the signals: it is waited for, some seconds at most. No answer is no.
+    """
+    deadline = time.monotonic() + _EXIT_CODE_WITHIN_S
+    while True:
+        try:
+            job = show_job(job_id, runner)
+        except SchedulerError:
+            return False
+        untouched = job.get("Reason") == "None" and job.get("PreemptTime") == "None"
+        ended = job.get("JobState") in ("COMPLETING", "CANCELLED")
+        if not (ended and untouched and _restarts(job) == restart):
+            return False
+        if job.get("ExitCode") != "0:0" or time.monotonic() > deadline:
+            return job.get("ExitCode") == f"0:{int(signal.SIGTERM)}"
+        time.sleep(_POLL_S)
+
+
+def _restarts(job: dict[str, str]) -> int:
+    return int(job.get("Restarts", 0))
+
+
+def _kill_wait_s(runner: Runner) -> float:
+    found = re.search(r"^KillWait\s*=\s*(\d+)", runner(["scontrol", "show", "config"]), re.MULTILINE)
+    if found is None:
+        raise SchedulerError("scontrol show config has no KillWait")
+    return float(found.group(1))
+
+
+def _fields(line: str) -> dict[str, str]:
+    return dict(re.findall(r"(\S+?)=(\S*)", line))

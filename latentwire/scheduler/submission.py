@@ -1,41 +1,50 @@
-"""Submitting a run's job through submitit, in a process of its own.
+"""Submitting jobs.
 
-``python -m latentwire.scheduler.submission RUN_PATH N`` submits and writes ``jobs/<n>.json``. The orchestrator starts
-it in a new session: a local job must not hear the Ctrl-C that its orchestrator gets, and must outlive it.
+``submit`` runs this module in a process of its own session: a local job must not hear the Ctrl-C that its orchestrator
+gets, and must outlive it. Each submission has a token, which Slurm keeps as the job's comment: a job whose submission
+was killed before its record was written is found again by it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 import shutil
 import subprocess
 import sys
-import time
+import uuid
+from collections.abc import Sequence
 from pathlib import Path
 
-from latentwire.config import SchedulerSection
+from latentwire.config import Config, SchedulerSection
 from latentwire.errors import ConfigError, SchedulerError
-from latentwire.run.atomic import read_json, write_json
 from latentwire.run.directory import Run
 from latentwire.run.process import ProcessIdentity
+from latentwire.scheduler.jobs import Job, list_jobs, read_job, write_job
+from latentwire.scheduler.ladder import best_rung
+from latentwire.scheduler.parameters import PYTHON, slurm_parameters
 
 _YEAR_MIN = 60 * 24 * 365
 _PING_S = 30.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """A submitted job. ``controller``: the process that a local job lives in."""
+class Request:
+    """What is to be submitted: one job, or one array with a task for each run.
 
-    number: int
-    job_id: str
-    scheduler: str
-    submitted: float
-    controller: ProcessIdentity | None
+    Attributes:
+        token: the comment of its jobs.
+        entries: the runs, and the number of each one's next job.
+    """
 
-    def is_alive(self) -> bool | None:
-        """Whether a local job's controller runs; None where that cannot be told from here."""
-        return None if self.controller is None else self.controller.is_alive()
+    token: str
+    entries: tuple[tuple[Run, int], ...]
+
+    @classmethod
+    def of(cls, runs: Sequence[Run]) -> Request:
+        """The next job of each run."""
+        return cls(uuid.uuid4().hex[:16], tuple((run, len(list_jobs(run)) + 1) for run in runs))
 
 
 def scheduler_kind(section: SchedulerSection) -> str:
@@ -61,88 +70,107 @@ def _is_configured() -> bool:
     return "establish a configuration source" not in done.stderr
 
 
-def submit(run: Run) -> Job:
-    """Submit one job for the run. Called by the orchestrator that holds the run's lease. Blocks for about a second.
+def submit(request: Request) -> list[Job]:
+    """Submit the request. Called by the orchestrator that holds the runs' leases. Blocks for about a second.
 
     Raises:
         SchedulerError: submitit or the scheduler refused; the message carries what it said.
     """
-    number = len(list_jobs(run)) + 1
-    log = run.path / "submitit" / f"submission-{number:04d}.log"
+    first = request.entries[0][0]
+    log = first.path / "submitit" / f"submission-{request.token}.log"
     log.parent.mkdir(exist_ok=True)
+    words = [word for run, number in request.entries for word in (str(run.path), str(number))]
     with open(log, "ab") as output:
         result = subprocess.run(
-            [sys.executable, "-m", "latentwire.scheduler.submission", str(run.path), str(number)],
+            [sys.executable, "-m", "latentwire.scheduler.submission", request.token, *words],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
             start_new_session=True,
             check=False,
         )
-    job = read_job(run, number)
-    if job is None:
+    jobs = [read_job(run, number) for run, number in request.entries]
+    if None in jobs:
         said = log.read_text(errors="replace").strip().splitlines()[-3:]
-        raise SchedulerError(f"{run.name} could not be submitted (exit {result.returncode}): {' '.join(said)} ({log})")
-    return job
+        raise SchedulerError(
+            f"{first.name} could not be submitted (exit {result.returncode}): {' '.join(said)} ({log})"
+        )
+    return [job for job in jobs if job is not None]
 
 
-def list_jobs(run: Run) -> list[Job]:
-    """All jobs that were submitted for the run, oldest first."""
-    numbers = sorted(int(p.stem) for p in (run.path / "jobs").glob("*.json") if p.stem.isdigit())
-    return [job for number in numbers if (job := read_job(run, number)) is not None]
+_PERMANENT = re.compile(
+    r"invalid|unrecognized|not permitted|access/permission|configuration is not available", re.IGNORECASE
+)
 
 
-def read_job(run: Run, number: int) -> Job | None:
-    """One submitted job, None if there is no such record."""
-    record = read_json(run.path / "jobs" / f"{number:04d}.json")
-    if not isinstance(record, dict):
-        return None
-    controller = ProcessIdentity.from_json(record.get("controller"))
-    return Job(number, str(record["job_id"]), str(record["scheduler"]), float(record["submitted"]), controller)
+def is_permanent(error: SchedulerError) -> bool:
+    """Whether a refusal would be the same next time: a partition or an account that is wrong, more than a node has."""
+    return _PERMANENT.search(str(error)) is not None
 
 
-def make_executor(run: Run) -> object:
-    """The submitit executor for the run's config."""
-    import submitit
-
-    from latentwire.monitor.gpu import list_gpus
-
-    section = run.config().scheduler
-    folder = run.path / "submitit" / "%j"
-    if scheduler_kind(section) == "local":
-        executor = submitit.LocalExecutor(folder=folder)
-        gpus = [gpu.index for gpu in list_gpus()][
-            : section.ladder[0] if section.gpus is not None else None
-        ]  # those that CUDA_VISIBLE_DEVICES lets us see
-        executor.update_parameters(timeout_min=_YEAR_MIN, gpus_per_node=len(gpus), visible_gpus=tuple(gpus))
-        return executor
-    executor = submitit.SlurmExecutor(folder=folder)
-    options = {"partition": section.partition, "account": section.account, "qos": section.qos}
-    additional = {"signal": "TERM@120", "requeue": True, "open-mode": "append", **section.extra}
-    executor.update_parameters(
-        job_name=f"latentwire-{run.name}",
-        time=section.time_min,
-        nodes=section.nodes,
-        ntasks_per_node=1,
-        cpus_per_task=section.cpus,
-        gres=f"gpu:{section.ladder[0] // section.nodes}",
-        additional_parameters=additional | {k: v for k, v in options.items() if v is not None},
-        **({"mem": f"{section.mem_gb}G"} if section.mem_gb else {}),
-    )
-    return executor
+# --- in the process that submits --------------------------------------------------------------------------------------
 
 
 def main() -> None:
-    """Submit and write down what became of it; run in a process of its own."""
+    """Submit a request and write down what became of it."""
+    token, *words = sys.argv[1:]
+    request = Request(token, tuple((Run(Path(p)), int(n)) for p, n in zip(words[::2], words[1::2], strict=True)))
+    configs = [run.config() for run, _ in request.entries]
+    if scheduler_kind(configs[0].scheduler) == "local":
+        for run, number in request.entries:
+            _submit_locally(run, number)
+    else:
+        _submit_to_slurm(request, configs[0])
+
+
+def _submit_locally(run: Run, number: int) -> None:
+    import submitit
+
+    from latentwire.monitor.gpu import list_gpus
     from latentwire.scheduler.job import TrainingJob
 
-    run, number = Run(Path(sys.argv[1])), int(sys.argv[2])
-    kind = scheduler_kind(run.config().scheduler)
-    job = make_executor(run).submit(TrainingJob(str(run.path), kind))  # type: ignore[attr-defined]
-    controller = dataclasses.asdict(ProcessIdentity.of(int(job.job_id))) if kind == "local" else None
-    (run.path / "jobs").mkdir(exist_ok=True)
-    record = {"job_id": job.job_id, "scheduler": kind, "submitted": time.time(), "controller": controller}
-    write_json(run.path / "jobs" / f"{number:04d}.json", record)
+    section = run.config().scheduler
+    wanted = None if section.gpus is None else section.ladder[0]
+    gpus = [gpu.index for gpu in list_gpus()][:wanted]  # those that CUDA_VISIBLE_DEVICES lets us see
+    executor = submitit.LocalExecutor(folder=run.path / "submitit" / "%j")
+    executor.update_parameters(timeout_min=_YEAR_MIN, gpus_per_node=len(gpus), visible_gpus=tuple(gpus))
+    job = executor.submit(TrainingJob(str(run.path), "local"))
+    write_job(run, number, job.job_id, "local", controller=dataclasses.asdict(ProcessIdentity.of(int(job.job_id))))
+
+
+def _submit_to_slurm(request: Request, config: Config) -> None:
+    """One job or one array, and its successors, each waiting for the end of the one before."""
+    import submitit
+
+    from latentwire.scheduler.job import TrainingJob
+
+    _leave_the_job_around_us()
+    runs = [run for run, _ in request.entries]
+    parent = runs[0].path if len(runs) == 1 else runs[0].path.parent
+    gpus = best_rung(config)
+    parameters = slurm_parameters(config, request.token, gpus)
+    if len(runs) > 1:
+        parameters["job_name"] = "latentwire-fleet"
+    executor = submitit.SlurmExecutor(folder=parent / "submitit" / "%j", python=PYTHON)
+    executor.update_parameters(**parameters)
+    with executor.batch():
+        jobs = [executor.submit(TrainingJob(str(run.path), "slurm")) for run in runs]
+    for (run, number), job in zip(request.entries, jobs, strict=True):
+        write_job(run, number, job.job_id, "slurm", gpus=gpus)
+    (run, number), before = request.entries[0], jobs[0].job_id
+    for extra in range(1, config.scheduler.successors + 1):
+        parameters["additional_parameters"]["dependency"] = f"afterany:{before}"
+        executor.update_parameters(**parameters)
+        job_id = executor.submit(TrainingJob(str(run.path), "slurm")).job_id
+        write_job(run, number + extra, job_id, "slurm", gpus=gpus, after=before)
+        before = job_id
+
+
+def _leave_the_job_around_us() -> None:
+    """Drop what an orchestrator that is a job itself would hand down to the jobs that it submits."""
+    for key in list(os.environ):
+        if key != "SLURM_CONF" and key.startswith(("SLURM_", "SLURMD_", "SBATCH_", "SUBMITIT_")):
+            del os.environ[key]
 
 
 if __name__ == "__main__":

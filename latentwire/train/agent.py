@@ -7,6 +7,7 @@ writes ``events.agent.jsonl``; its last word there is ``attempt_ended``. On the 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import socket
 import time
@@ -17,6 +18,7 @@ from latentwire.elastic.inventory import Inventory
 from latentwire.elastic.planner import plan
 from latentwire.errors import ConfigError, Fenced, RunBusy
 from latentwire.monitor.rollup import summarise
+from latentwire.preemption.forecast import Grace, as_event, forecast, measured_before
 from latentwire.preemption.handler import PreemptionHandler
 from latentwire.run.atomic import read_json, write_json
 from latentwire.run.budget import Verdict, next_move, num_halvings
@@ -52,6 +54,11 @@ class Agent:
         self.handler = PreemptionHandler(self.config.preemption.save_signal)
         self.attempt: Attempt | None = None
         """The newest that this agent claimed."""
+
+    @functools.cached_property
+    def grace(self) -> Grace:
+        """What there is between a notice and the kill. Asks the scheduler the first time."""
+        return Grace(self.config.preemption.grace_s, self.allocation.grace_s())
 
     def main(self) -> Verdict:
         """Install the handlers and run attempts until one of them is the last here. Blocks. Main thread.
@@ -141,6 +148,7 @@ class _Supervision:
             rendezvous.write(self.attempt)
         self._elsewhere = {rank: node for rank, node in enumerate(placement.nodes) if node != job.node_rank}
         self.processes.start(placement, rendezvous)
+        self._forecast()  # when the ranks are on their way: the scheduler may take its time to answer
         return self._watch()
 
     def _record_environment(self, inventory: Inventory) -> None:
@@ -150,6 +158,15 @@ class _Supervision:
         changes = inventory.changes_since(known[-1]) if known else []
         if changes:
             self.journal.event("environment_changed", changes=changes, note="bits may differ from here on")
+
+    def _forecast(self) -> None:
+        """Hold what earlier attempts took against the grace; rank 0 does so with what it measures itself."""
+        grace = self.agent.grace
+        if grace.scheduler_s is not None:
+            self.attempt.set_grace(grace.scheduler_s)
+        measured = measured_before(self.run)
+        if measured is not None:
+            self.journal.event("forecast", **as_event(forecast(measured, grace, self.config.checkpoint), measured))
 
     # --- watching -----------------------------------------------------------------------------------------------------
 

@@ -35,5 +35,8 @@ class Allocation(Protocol):
     def address(self) -> str:
         """Where the job's other nodes reach this one. May take a second."""
 
+    def grace_s(self) -> float | None:
+        """Seconds that the scheduler gives at preemption; None: not known. Asked once, by the leader."""
+
     def end_unix_s(self) -> float | None:
         """When the job is to be ended, as far as the scheduler says. Asked once, after a notice; may take a second."""

@@ -10,11 +10,12 @@ from latentwire.checkpoint import reader
 from latentwire.checkpoint.layout import step_name
 from latentwire.checkpoint.manager import CheckpointManager
 from latentwire.checkpoint.reader import Loaded
-from latentwire.config import Config, differences
+from latentwire.config import Config
 from latentwire.errors import CheckpointMismatch, NoUsableCheckpoint
 from latentwire.run.budget import committed_step
 from latentwire.run.directory import Attempt, Run
 from latentwire.train.ranks import Ranks
+from latentwire.tree import differences
 
 
 def make_manager(

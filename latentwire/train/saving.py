@@ -76,6 +76,15 @@ class Saving:
             return REASONS.index("steps")
         return REASONS.index("interval") if self._interval_is_over() else 0
 
+    def poll(self) -> None:
+        """Take in what the last save came to, without waiting. Called at every boundary.
+
+        Raises:
+            Fenced, CheckpointError: what it ran into, other than a disk error.
+        """
+        self.manager.poll()
+        self._time_last_save()
+
     def save(self, step: int, reason: str, values: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """Stage the last boundary and hand it to the background writer; blocks for the copy, and for a save before it.
 
@@ -86,11 +95,15 @@ class Saving:
         if not self._is_writer:
             return
         self.manager.wait()  # its buffers are about to be written again
-        if self.manager.last_save_s is not None:
-            self.pace.add(self.manager.last_save_s)
+        self._time_last_save()
         snapshot = self._state.capture(step, self._random, values, metrics)
         self.manager.save(snapshot)
         self._event("save_staged", step=step, reason=reason, seconds=round(time.monotonic() - self._last_save, 4))
+
+    def _time_last_save(self) -> None:
+        seconds = self.manager.take_last_save_s()
+        if seconds is not None:
+            self.pace.add(seconds)
 
     def _interval_is_over(self) -> bool:
         interval = self._section.interval_s

@@ -44,6 +44,7 @@ from latentwire.target import SCRIPT
 from latentwire.train import data as data_module
 from latentwire.train import randomness, recovery
 from latentwire.train.order import SampleOrder, derive_seed
+from latentwire.train.outlook import Outlook
 from latentwire.train.ranks import Ranks
 from latentwire.train.saving import REASONS, Saving
 from latentwire.train.state import Stateful, TrainingState
@@ -109,6 +110,7 @@ class Session:
         self._journal = Journal(attempt.path / f"events.rank{ranks.rank}.jsonl")
         self._metrics = Journal(attempt.path / "metrics.jsonl") if ranks.rank == 0 else None
         self._saving: Saving | None = None
+        self._outlook = Outlook(attempt, config, self.event)
         self._in_step = False
         self._told_notice = False
         self._evaluated_step = 0
@@ -256,6 +258,7 @@ class Session:
         Raises:
             Preempted: the last completed step is on disk; let it pass.
         """
+        self._outlook.safe_point()
         noticed = self._handler.notice is not None
         unfit = noticed and not (self._in_step and self._step_still_fits())
         leave_now = self._handler.leave_now
@@ -309,6 +312,7 @@ class Session:
         self.saving.remember_boundary()
         self._in_step = True
         self._step_started = time.monotonic()
+        self._outlook.step_begins()
         self._record, self._clocks = {}, {"save": self._clocks.get("save", 0.0)}
 
     def _end_step(self) -> None:
@@ -316,6 +320,7 @@ class Session:
         self._in_step = False
         self.step += 1
         self.step_pace.add(seconds)
+        self._clocks["deaf"] = self._outlook.step_ended(seconds)
         self.saving.remember_boundary()
         if self._metrics is not None:
             timings = {f"{name}_s": round(s, 6) for name, s in self._clocks.items()}
@@ -344,7 +349,9 @@ class Session:
 
     def _act_at_boundary(self, last: bool) -> None:
         saving = self.saving
-        saving.manager.poll()
+        saving.poll()
+        if self.ranks.rank == 0:
+            self._outlook.update(saving.pace)
         reason = saving.reason(self.step, last, self._handler.take_save_request())
         flags = [float(self._handler.notice is not None), float(self._handler.leave_now), float(reason)]
         noticed, leave_now, agreed = self.ranks.highest(flags)

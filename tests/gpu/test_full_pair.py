@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from latentwire.checklist.drill import DISTURBANCES, drill, table
+from latentwire.checklist.disturb import DISTURBANCES
+from latentwire.checklist.drill import drill
+from latentwire.checklist.result import table
 from latentwire.monitor.gpu import list_gpus
 
 TOP = Path(__file__).parents[2]

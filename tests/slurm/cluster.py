@@ -47,7 +47,7 @@ SelectTypeParameters=CR_Core
 GresTypes=gpu
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-KillWait=5
+KillWait=10
 SlurmdTimeout=10
 MpiDefault=none
 ReturnToService=2
@@ -95,7 +95,7 @@ class Cluster:
         key.chmod(0o400)
         options = [f"--pid-file={pid}", f"--socket={sock}", f"--log-file={log}", f"--seed-file={seed}"]
         self.run("munged", f"--key-file={key}", *options, "--force")
-        self.run("slurmctld", "-c")
+        self.start_controller()
         for node in NODES:
             self.start_node(node)
         self.wait_until_idle()
@@ -106,6 +106,11 @@ class Cluster:
             self.run("scancel", "--me", "--full")
         for name in [*(f"slurmd-{node}" for node in NODES), "slurmctld", "munge"]:
             self.end(name, signal.SIGTERM)
+
+    def start_controller(self) -> None:
+        """Start slurmctld, unless it runs; it knows its jobs from before."""
+        if not _is_running(self._pid("slurmctld")):
+            self.run("slurmctld")
 
     def start_node(self, node: str) -> None:
         """Start a node's daemon."""
@@ -118,12 +123,17 @@ class Cluster:
 
     def end(self, name: str, signum: signal.Signals) -> None:
         """Send a daemon a signal by its pid file, and wait until it is gone."""
-        try:
-            pid = int((self.folder / f"{name}.pid").read_text())
+        pid = self._pid(name)
+        if _is_running(pid):
             os.kill(pid, signum)
-        except (FileNotFoundError, ValueError, ProcessLookupError):
-            return
-        self.wait_until(lambda: not _is_running(pid))
+            self.wait_until(lambda: not _is_running(pid))
+
+    def _pid(self, name: str) -> int:
+        """Of a daemon; 0 if it was never started."""
+        try:
+            return int((self.folder / f"{name}.pid").read_text())
+        except (FileNotFoundError, ValueError):
+            return 0
 
     def run(self, *command: str) -> str:
         """Standard output of a command of the cluster.

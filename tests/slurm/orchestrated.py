@@ -1,7 +1,8 @@
-"""A toy run on the private cluster with its orchestrator, and what may happen to it."""
+"""Runs on the private cluster with their orchestrator as a program, and what may happen to them."""
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -10,13 +11,26 @@ from pathlib import Path
 from typing import Any
 
 from cluster import Cluster
-from running import NEVER, OFTEN_SAVED, PATIENCE_S, events, hold, make_run, trained_steps, wait_for, wait_for_event
+from running import (
+    NEVER,
+    OFTEN_SAVED,
+    PATIENCE_S,
+    events,
+    hold,
+    make_run,
+    trained_steps,
+    wait_for,
+    wait_for_event,
+    wait_for_steps,
+)
 
 from latentwire.checklist.drill import final_digests
 from latentwire.run.budget import verdict_of
 from latentwire.run.directory import Attempt, Run
-from latentwire.scheduler.submission import list_jobs
+from latentwire.scheduler.jobs import list_jobs
 
+SMALL: dict[str, Any] = {"kind": "slurm", "gpus": 1, "cpus": 2, "time_min": 10}
+"""What a toy run asks for; its partition is missing."""
 VISITS_A_STEP = 8
 """The toy's micro-batches."""
 
@@ -26,30 +40,66 @@ def stand_after(steps: int, micro_batch: int = 0) -> int:
     return 1 + steps * VISITS_A_STEP + micro_batch  # the first visit is the warm-up's
 
 
-class Orchestrated:
-    """A toy run on the private cluster, with its orchestrator as a program.
+class Orchestrator:
+    """The orchestrator as a program, writing into ``orchestrator.txt`` in the folder of the runs."""
+
+    def __init__(self, cluster: Cluster, runs: Path, *words: str | Path, environ: Mapping[str, str] | None = None):
+        self.cluster = cluster
+        self.environ = {**cluster.environ, **(environ or {})}
+        self._output = runs / "orchestrator.txt"
+        command = [sys.executable, "-m", "latentwire.orchestrate", *words, "--runs-dir", str(runs)]
+        with open(self._output, "ab") as output:
+            self._process = subprocess.Popen(command, env=self.environ, stdout=output, stderr=output)
+
+    def finish(self) -> int:
+        """Wait for its end; its exit code."""
+        return self._process.wait(PATIENCE_S)
+
+    def kill(self) -> None:
+        """It goes, as with its login node."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGKILL)
+            self._process.wait()
+
+    def said(self) -> str:
+        """What it printed, and any before it in the same folder."""
+        return self._output.read_text()
+
+
+class Orchestrated(Orchestrator):
+    """One toy run and its orchestrator.
 
     Each attempt stands still in a step until ``go_on``: it is disturbed where the test wants it, and ends no sooner.
     """
 
     def __init__(self, cluster: Cluster, run: Run, environ: Mapping[str, str]) -> None:
-        self.cluster, self.run = cluster, run
-        self._environ = {**cluster.environ, **environ}
-        self._output = run.path.parent / "orchestrator.txt"
-        command = [sys.executable, "-m", "latentwire.orchestrate", "--resume", "--runs-dir", str(run.path.parent)]
-        with open(self._output, "wb") as output:
-            self._process = subprocess.Popen(command, env=self._environ, stdout=output, stderr=output)
+        super().__init__(cluster, run.path.parent, "--resume", environ=environ)
+        self.run = run
+
+    def attempt(self, number: int) -> Attempt:
+        """The run's attempt of that number, once it is there."""
+        wait_for(lambda: self.run.newest_number() >= number, f"attempt {number}: {self.said()}")
+        return Attempt(self.run, number)
 
     def standing(self, number: int = 1) -> Attempt:
         """The attempt of that number, once it stands."""
-        wait_for(lambda: self.run.newest_number() >= number, f"attempt {number}")
-        attempt = Attempt(self.run, number)
+        attempt = self.attempt(number)
         wait_for_event(attempt, "holding")
         return attempt
 
+    def trained(self, steps: int, number: int = 1) -> Attempt:
+        """The attempt of that number, once it has trained so many steps."""
+        attempt = self.attempt(number)
+        wait_for_steps(attempt, steps)
+        return attempt
+
+    def stand(self, visit: int) -> None:
+        """Let the attempts from the next on stand there."""
+        hold(self.run, "step", visit)
+
     def go_on(self) -> None:
         """Stand still no more."""
-        hold(self.run, "step", NEVER)
+        self.stand(NEVER)
 
     def go_on_after_notice(self, attempt: Attempt) -> None:
         """Stand still until the attempt was given notice."""
@@ -63,8 +113,8 @@ class Orchestrated:
     def submit_once_more(self) -> str:
         """One more job for the run, from nobody who looks after it; its id."""
         number = len(list_jobs(self.run)) + 1
-        command = [sys.executable, "-m", "latentwire.scheduler.submission", str(self.run.path), str(number)]
-        subprocess.run(command, env=self._environ, check=True, capture_output=True)
+        words = ["latentwire.scheduler.submission", "once-more", str(self.run.path), str(number)]
+        subprocess.run([sys.executable, "-m", *words], env=self.environ, check=True, capture_output=True)
         return self.job_id()
 
     def field(self, job: str, name: str) -> str:
@@ -72,26 +122,12 @@ class Orchestrated:
         fields = self.cluster.run("scontrol", "show", "job", "-o", job).split()
         return next(field.removeprefix(f"{name}=") for field in fields if field.startswith(f"{name}="))
 
-    def finish(self) -> int:
-        """Wait for the orchestrator; its exit code."""
-        return self._process.wait(PATIENCE_S)
-
-    def kill(self) -> None:
-        """The orchestrator goes, as with its login node."""
-        self._process.kill()
-        self._process.wait()
-
     def end(self) -> None:
         """Leave nothing behind."""
-        if self._process.poll() is None:
-            self.kill()
+        self.kill()
         for job in list_jobs(self.run):
             with suppress(subprocess.CalledProcessError):  # Slurm has forgotten it
                 self.cluster.run("scancel", job.job_id)
-
-    def said(self) -> str:
-        """What the orchestrator printed."""
-        return self._output.read_text()
 
 
 @contextmanager
@@ -107,9 +143,8 @@ def orchestrated(
 
     ``sections`` lie over the toy's config; ``stand`` is the visit at which its attempts stand still.
     """
-    scheduler = {"kind": "slurm", "partition": partition, "gpus": 1, "cpus": 2, "time_min": 10}
-    scheduler |= sections.pop("scheduler", {})
-    run = make_run(folder / "runs", scheduler=scheduler, checkpoint=OFTEN_SAVED, **sections)
+    scheduler = {**SMALL, "partition": partition, **sections.pop("scheduler", {})}
+    run = make_run(folder / "runs", scheduler=scheduler, **{"checkpoint": OFTEN_SAVED, **sections})
     hold(run, "step", stand)
     program = Orchestrated(cluster, run, environ or {})
     try:
@@ -121,8 +156,15 @@ def orchestrated(
 @contextmanager
 def everything_taken(cluster: Cluster) -> Iterator[str]:
     """A job of the partition ``high`` wants both nodes for itself; its id."""
-    options = ["-p", "high", "-N", "2", "--exclusive", "--time=5", "--output=/dev/null"]
-    job = cluster.run("sbatch", "--parsable", *options, "--wrap", "srun sleep 300").strip()
+    with taken(cluster, "--exclusive") as job:
+        yield job
+
+
+@contextmanager
+def taken(cluster: Cluster, *options: str) -> Iterator[str]:
+    """A job of the partition ``high`` on both nodes; its id."""
+    more = ["-p", "high", "-N", "2", "--time=5", "--output=/dev/null", *options]
+    job = cluster.run("sbatch", "--parsable", *more, "--wrap", "srun sleep 300").strip()
     try:
         yield job
     finally:

@@ -18,7 +18,7 @@ from latentwire.checklist.drill import final_digests
 from latentwire.run.atomic import read_json
 from latentwire.run.budget import committed_step, verdict_of
 from latentwire.run.directory import Attempt, Run
-from latentwire.scheduler.submission import list_jobs
+from latentwire.scheduler.jobs import list_jobs
 
 pytestmark = pytest.mark.slurm
 

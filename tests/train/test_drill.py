@@ -7,19 +7,19 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from running import OFTEN_SAVED, write_config
+from running import OFTEN_SAVED, make_run, write_config
 
 from latentwire.checklist import drill
+from latentwire.checklist.disturb import DISTURBANCES
+from latentwire.checklist.result import Result, other_hardware, table
+from latentwire.run.atomic import write_json
 
 
-def test_a_workload_that_depends_on_the_attempt_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_workload_that_depends_on_the_attempt_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = {"depends_on_attempt": True, "pause_s": 0.005}
     config = write_config(tmp_path, "toy-drill", workload={"options": options}, checkpoint=OFTEN_SAVED)
-    one = [disturbance for disturbance in drill.DISTURBANCES if disturbance.name == "TERM in training"]
-    monkeypatch.setattr(drill, "DISTURBANCES", one)
-    assert drill.main(config, tmp_path / "runs", as_json=False, keep=False) == 1
+    one = [disturbance for disturbance in DISTURBANCES if disturbance.name == "TERM in training"]
+    assert drill.main(config, tmp_path / "runs", as_json=False, keep=False, disturbances=one) == 1
     output = capsys.readouterr()
     (row,) = [line for line in output.out.splitlines() if line.startswith("TERM in training")]
     assert "FAILED" not in row, "the run itself recovered"
@@ -34,10 +34,26 @@ def test_a_law_abiding_workload_passes(drill_program: subprocess.Popen[str]) -> 
     assert drill_program.returncode == 0, output + errors
     result = json.loads(output)
     assert result["passed"] is True
-    assert [row["name"] for row in result["rows"]] == [disturbance.name for disturbance in drill.DISTURBANCES]
+    assert [row["name"] for row in result["rows"]] == [disturbance.name for disturbance in DISTURBANCES]
     assert all(row["hit"] and row["recovered"] and row["passed"] for row in result["rows"])
     assert all(row["steps_lost"] <= row["may_lose"] for row in result["rows"])
     assert set(result["undisturbed"]) == {"model", "optimizer", "ema", "random"}
     assert result["undisturbed"] == result["disturbed"]
-    assert result["attempts"] > len(drill.DISTURBANCES)
+    assert result["attempts"] > len(DISTURBANCES)
     assert "the runs are in" not in errors, "what went well is cleaned up"
+
+
+def test_a_difference_between_two_kinds_of_chip_is_explained_and_fails(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path, name) for name in ("undisturbed", "disturbed")]
+    for run, model in ((runs[0], "old"), (runs[1], "old"), (runs[1], "new")):
+        attempt = run.claim_attempt("7", "slurm")
+        environment = {"gpus": [], "cpu_model": model, "versions": {}, "host": "n1"}
+        write_json(attempt.path / "environment.json", environment)
+    met = other_hardware(*runs)
+    assert met == ("attempt 2 of the disturbed run, on n1: cpu_model: old -> new",)
+    other = Result(
+        (), {"model": "1"}, {"model": "2"}, undisturbed_attempts=1, attempts=2, other_hardware=met, seconds=1
+    )
+    assert not other.passed
+    assert "says nothing: run the drill on one kind" in table(other)
+    assert met[0] in table(other)

@@ -31,12 +31,12 @@ from running import (
 )
 
 from latentwire.checklist.drill import final_digests
-from latentwire.run.atomic import read_json
+from latentwire.run.atomic import read_json, write_json
 from latentwire.run.budget import verdict_of
 from latentwire.run.directory import Attempt, Run
 from latentwire.run.journal import read_journal
 from latentwire.run.status import run_status
-from latentwire.scheduler.submission import list_jobs
+from latentwire.scheduler.jobs import list_jobs
 
 ORCHESTRATE = [sys.executable, "-m", "latentwire.orchestrate"]
 
@@ -136,8 +136,8 @@ def _submission(number: int) -> Callable[[Run], psutil.Process | None]:
     """The process that submits; its job is not written down yet."""
 
     def look(run: Run) -> psutil.Process | None:
-        words = ["latentwire.scheduler.submission", str(run.path), str(number)]
-        at_work = [p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [])[-3:] == words]
+        words = [str(run.path), str(number)]
+        at_work = [p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [])[-2:] == words]
         return at_work[0] if at_work and len(list_jobs(run)) < number else None
 
     return look
@@ -358,3 +358,18 @@ def test_a_job_that_dies_before_it_starts_is_given_up_and_others_go_on(folder: P
     assert not run.attempts()
     deaths = [r for r in read_journal(run.orchestrator_events) if r.get("event") == "job_died"]
     assert [r["job_id"] for r in deaths] == [job.job_id for job in list_jobs(run)]
+
+
+# --- a Slurm job that was requeued ------------------------------------------------------------------------------------
+
+
+def test_an_orchestrator_that_slurm_started_again_takes_no_cancel_back(folder: Path) -> None:
+    """It goes on with the runs that it had, not with what its command line says by now."""
+    run = make_run(folder / "runs")
+    write_json(folder / "runs" / "orchestrator_7.json", {"runs": ["toy"], "max_running": 1})
+    write_json(run.cancel_path, {"user": "ada"})
+    environ = {**os.environ, "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}
+    command = [*ORCHESTRATE, "--config", "gone.yaml"]
+    done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, check=False)
+    assert "toy: CANCELLED" in done.stdout, done.stdout + done.stderr
+    assert (done.returncode, run.cancel_path.exists(), list_jobs(run)) == (1, True, [])

@@ -212,6 +212,19 @@ def test_drill_hands_its_config_on(home: Path) -> None:
     assert "absent.yaml" in _complaint(home, "drill", "--config", "absent.yaml")
 
 
+def test_drill_under_slurm_says_what_it_lacks(home: Path) -> None:
+    (home / "toy.yaml").write_text("name: toy\nworkload: {target: 'json:JSONDecoder'}\n")
+    words = ["drill", "--config", "toy.yaml"]
+    assert "give --partition P" in _complaint(home, *words, "--cluster", "slurm")
+    assert "add --cluster slurm" in _complaint(home, *words, "--partition", "preempt")
+    environ = os.environ | {"PATH": str(home)}
+    command = _command(*words, "--cluster", "slurm", "--partition", "preempt")
+    result = subprocess.run(command, cwd=home, env=environ, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "no sbatch on PATH: log in to the cluster" in result.stderr
+    assert list((home / "runs").iterdir()) == []
+
+
 def test_unreadable_folder_is_one_line(home: Path) -> None:
     run = _make_run(home)
     (run.path / "attempts").mkdir()
@@ -534,11 +547,12 @@ def test_preempt_never_hits_a_stranger_with_the_same_pid(home: Path, agents: Age
     assert agent.poll() is None
 
 
-def test_preempt_through_slurm(home: Path, agents: Agents, scancel: Path) -> None:
+@pytest.mark.parametrize(("signum", "target"), [("USR2", "4711"), ("KILL", "4711.0")])
+def test_preempt_through_slurm(home: Path, agents: Agents, scancel: Path, signum: str, target: str) -> None:
     agents(_make_run(home), "slurm")
-    result = _latentwire(home, "preempt", "toy", "--signal", "USR2", path=scancel)
-    assert result.stdout.startswith("sent SIGUSR2 to Slurm job 4711, attempt 1 of toy")
-    assert (scancel / "said").read_text() == "-s USR2 4711\n"
+    result = _latentwire(home, "preempt", "toy", "--signal", signum, path=scancel)
+    assert result.stdout.startswith(f"sent SIG{signum} to Slurm job 4711, attempt 1 of toy")
+    assert (scancel / "said").read_text() == f"-s {signum} {target}\n", "SIGKILL to a whole job would cancel it"
 
 
 def test_cancel_writes_the_mark_and_tells_the_agent(home: Path, agents: Agents) -> None:

@@ -12,10 +12,12 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from latentwire.config import Config, differences, load_config, parse_config
+from latentwire.config import Config, load_config, parse_config
 from latentwire.errors import ConfigError, LatentWireError, WorkloadError
+from latentwire.fleet import load_fleet
 from latentwire.sbatch import EXTRA
 from latentwire.target import load_target, options_model
+from latentwire.tree import differences
 
 REPOSITORY = Path(__file__).parents[2]
 TARGET = "json:JSONDecoder"
@@ -386,9 +388,11 @@ def test_differences_name_every_leaf() -> None:
 )
 def test_a_shipped_config_loads_and_is_named_as_its_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
-    config = load_config(path)
-    assert config.name == path.stem
-    assert parse_config(yaml.safe_load(config.to_yaml()), "there") == config
+    configs = load_fleet(path).configs
+    assert all(config.name.startswith(f"{path.stem}-") for config in configs[1:])
+    assert configs[0].name == path.stem or len(configs) > 1
+    for config in configs:
+        assert parse_config(yaml.safe_load(config.to_yaml()), "there") == config
 
 
 def test_all_errors_are_of_one_family() -> None:

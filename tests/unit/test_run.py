@@ -630,7 +630,7 @@ def test_running_with_all_that_is_known(run: Run) -> None:
     assert (status.samples_per_s, status.eta_s) == (64.0, 45.0)
     assert (status.committed_step, status.verified_at) == (10, NOW + 1)
     assert status.weights_sha256 is None
-    assert json.loads(status.to_json())["name"] == "test"
+    assert json.loads(status.to_json({}))["name"] == "test"
 
 
 def test_phases_follow_the_events(run: Run) -> None:
@@ -652,6 +652,27 @@ def test_stalled(run: Run) -> None:
     tell(attempt, "agent", "attempt_started", total_steps=100)
     assert state_of(run, NOW + STALLED_S - 1) == ("RUNNING", None)
     assert state_of(run, NOW + STALLED_S + 1) == ("STALLED", f"no step for {STALLED_S + 1:.0f} s")
+
+
+def test_the_newest_forecast_of_a_running_attempt_stands(run: Run) -> None:
+    def foretold() -> tuple[float | None, float | None, str | None, str | None]:
+        status = run_status(run, NOW)
+        return status.notice_needs_s, status.grace_s, status.warning, status.advice
+
+    short = {"needs_s": 25.0, "grace_s": 20.0, "warning": "a notice saves nothing", "advice": "save sooner"}
+    attempt = run.claim_attempt("1", "slurm")
+    tell(attempt, "agent", "attempt_started")
+    assert foretold() == (None, None, None, None)
+    tell(attempt, "agent", "forecast", **short)
+    assert foretold() == (25.0, 20.0, "a notice saves nothing", "save sooner")
+    assert state_of(run) == ("RUNNING", None), "a warning is no trouble"
+    tell(attempt, "rank0", "forecast", NOW + 1, needs_s=5.0, grace_s=20.0)
+    assert foretold() == (5.0, 20.0, None, None)
+    tell(attempt, "rank0", "forecast", NOW + 2, **short)
+    tell(attempt, "agent", "attempt_ended", NOW + 3, outcome="preempted")
+    assert foretold() == (None, None, None, None), "of a run that is not running"
+    tell(run.claim_attempt("1", "slurm"), "agent", "attempt_started", NOW + 4)
+    assert foretold() == (None, None, None, None), "the next attempt makes its own"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,183 @@
+"""A run that an orchestrator looks after: its lease, its journal, and what its files said when they last changed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from latentwire.errors import SchedulerError
+from latentwire.run.budget import committed_step
+from latentwire.run.directory import Attempt, Run
+from latentwire.run.journal import Follower, Journal, last_record, read_journal, time_of
+from latentwire.run.lease import Lease
+from latentwire.run.status import RunStatus, run_status
+from latentwire.scheduler.jobs import Job, list_jobs
+
+_FIRST_PAUSE_S = 5.0
+_LONGEST_PAUSE_S = 300.0
+_TOLD = ("events.agent.jsonl", "events.rank0.jsonl")
+_FILES = (*_TOLD, "metrics.jsonl")
+
+
+class Watched:
+    """One run. Hundreds of them wait at the cost of a few ``stat`` calls: files are read only where one has changed.
+
+    Args:
+        run: its lease is taken.
+
+    Attributes:
+        done: nothing more is to be done for it.
+        attempts: as of the last ``refresh``, like ``jobs``, ``is_cancelled`` and the orchestrator's own ``last_event``.
+        status: as of the last ``fold``.
+        retry_at: no submission before this time, unix seconds.
+        submitting: number and token of the submission under way; in its events, so that a job can be found by them.
+
+    Raises:
+        RunBusy: another orchestrator holds the lease.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.lease = Lease(run.lease_path)
+        self.lease.acquire()
+        self.config = run.config()
+        self.journal = Journal(run.orchestrator_events)
+        self.done = False
+        self.retry_at = 0.0
+        self.submitting: dict[str, Any] = {}
+        self.attempts: list[Attempt] = []
+        self.jobs: list[Job] = []
+        self.is_cancelled = False
+        self.last_event: dict[str, Any] = {}
+        self.status: RunStatus = run_status(run)
+        self._num_failures = 0
+        self._signature: tuple[Any, ...] = ()
+        self._folded: tuple[Any, ...] = ()
+        self._folded_at = 0.0
+        self._followers: dict[Path, Follower] = {}
+        self._files = self._files_that_matter()
+        self.refresh()  # its news were told by an earlier orchestrator
+
+    def refresh(self) -> list[dict[str, Any]]:
+        """Read again what has changed on disk; returns the events that are new."""
+        signature = self._sign()
+        if signature == self._signature:
+            return []
+        self._signature = signature
+        self.attempts = self.run.attempts()
+        self._files = self._files_that_matter()
+        self.jobs = list_jobs(self.run)
+        self.last_event = last_record(self.run.orchestrator_events) or {}
+        self.is_cancelled = self.run.cancel_path.exists()
+        return self._read_news()
+
+    def fold(self, now: float, at_most_every_s: float) -> None:
+        """Bring ``status`` up to date, if it can have changed: also without a new line a started run can stall."""
+        unchanged = self._folded == self._signature and (self.done or not self.attempts)
+        if unchanged or now - self._folded_at < at_most_every_s:
+            return
+        self._folded, self._folded_at = self._signature, now
+        self.status = run_status(self.run)
+
+    def chain(self) -> list[Job]:
+        """The last job that was submitted by itself, and its successors."""
+        firsts = [index for index, job in enumerate(self.jobs) if job.after is None]
+        return self.jobs[firsts[-1] :] if firsts else []
+
+    def is_unsure(self) -> bool:
+        """Whether a submission was begun, or failed, of which there is no job: the scheduler may know better."""
+        begun = self.last_event.get("event") in ("submitting", "submission_failed")
+        return begun and int(self.last_event.get("number", 0)) > (self.jobs[-1].number if self.jobs else 0)
+
+    def resumed_at(self) -> float:
+        """When a person last asked for the run again, unix seconds; 0: never."""
+        return max((time_of(r) for r in self._own("resumed")), default=0.0)
+
+    def rung_decided_at(self, job: Job, restarts: int) -> float | None:
+        """When the number of GPUs of a pending job was last decided upon, unix seconds."""
+        of_job = [r for r in self._own("rung") if r.get("job_id") == job.job_id and r.get("restarts") == restarts]
+        return time_of(of_job[-1]) if of_job else None
+
+    def num_unheard_jobs(self) -> int:
+        """So many jobs in a row, up to the last, ended without having made an attempt. Successors do not count."""
+        started = {attempt.record().get("job_id") for attempt in self.attempts}
+        number = 0
+        for job in reversed(self.jobs):
+            if job.job_id in started:
+                break
+            number += job.after is None
+        return number
+
+    def tell_lost(self, attempt: Attempt) -> None:
+        """Write down, once, that an attempt ended without a word."""
+        if all(r.get("attempt") != attempt.number for r in self._own("attempt_lost")):
+            self.journal.event("attempt_lost", attempt=attempt.number, step=committed_step(attempt))
+
+    def last_words(self, job: Job) -> str:
+        """What a job that made no attempt left in its log."""
+        paths = sorted(path for folder in (self.run.path, self.run.path.parent) for path in _error_logs(folder, job))
+        text = paths[-1].read_text(errors="replace").strip() if paths else ""
+        return text.splitlines()[-1][:300] if text else "it left no message"
+
+    def tell_death(self, job: Job) -> str:
+        """Write down, once, that a job made no attempt; returns its last words."""
+        reason = self.last_words(job)
+        if all(r.get("job_id") != job.job_id for r in self._own("job_died")):
+            self.journal.event("job_died", job_id=job.job_id, reason=reason)
+        return reason
+
+    def give_up(self, reason: str) -> None:
+        """Submit it no more; the reason stays on disk."""
+        self.done = True
+        self.journal.event("given_up", reason=reason)
+
+    def put_off(self, error: SchedulerError, now: float) -> None:
+        """A submission failed for a reason that may pass: try again after a pause that doubles."""
+        pause = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**self._num_failures)
+        self._num_failures += 1
+        self.retry_at = now + pause
+        self.journal.event("submission_failed", error=str(error), again_in_s=pause, **self.submitting)
+
+    def submitted(self, job: Job, **facts: Any) -> None:
+        """Write down that a submission was taken."""
+        self._num_failures = 0
+        self.journal.event("submitted", job_id=job.job_id, scheduler=job.scheduler, number=job.number, **facts)
+
+    def release(self) -> None:
+        """Give the run back."""
+        self.journal.close()
+        self.lease.release()
+
+    def _own(self, name: str) -> list[dict[str, Any]]:
+        return [r for r in read_journal(self.run.orchestrator_events) if r.get("event") == name]
+
+    def _files_that_matter(self) -> list[str]:
+        """Strings: a path object costs more to make than the file to look at."""
+        run = self.run
+        paths = [run.path / "attempts", run.path / "jobs", run.orchestrator_events, run.cancel_path]
+        if self.attempts:
+            paths += [self.attempts[-1].path / name for name in _FILES]
+        return [str(path) for path in paths]
+
+    def _sign(self) -> tuple[Any, ...]:
+        """Changes whenever a file does that decides what to do, or that is shown."""
+        return tuple(map(_stamp, self._files))
+
+    def _read_news(self) -> list[dict[str, Any]]:
+        paths = [attempt.path / name for attempt in self.attempts for name in _TOLD]
+        for path in [*paths, self.run.orchestrator_events]:
+            self._followers.setdefault(path, Follower(path))
+        return sorted((event for follower in self._followers.values() for event in follower.read()), key=time_of)
+
+
+def _error_logs(folder: Path, job: Job) -> list[Path]:
+    return list((folder / "submitit").glob(f"{job.job_id}/*.err"))
+
+
+def _stamp(path: str) -> tuple[int, int] | None:
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return None
+    return stat.st_mtime_ns, stat.st_size
