@@ -5,9 +5,11 @@ RUNS ?= runs
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: run quickstart test test-fast test-slurm cluster cluster-down lint drill checklist clean
+.PHONY: run install quickstart test test-fast test-slurm cluster cluster-down lint drill checklist clean
 
 run: $(INSTALLED) quickstart
+
+install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -14,8 +13,9 @@ from typing import Any
 import pytest
 import yaml
 from cluster import Cluster
-from orchestrated import assert_lost_nothing, stand_after
+from orchestrated import Orchestrator, assert_lost_nothing
 from running import BIN, HERE, NEVER, OFTEN_SAVED, hold, wait_for, wait_for_event, write_config
+from site_folder import Site
 
 from latentwire.checklist.drill import final_digests
 from latentwire.run.atomic import read_json
@@ -26,64 +26,8 @@ from latentwire.scheduler.jobs import list_jobs
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
-TOP = Path(__file__).parents[2]
 SCRIPTS = ("preemptible_orchestrator", "elastic_gpu_experiment", "validation")
-EDITS = {
-    "# export SBATCH_PARTITION=cpu": "export SBATCH_PARTITION=preempt",
-    "# export SBATCH_TIMELIMIT=1-00:00:00": "export SBATCH_TIMELIMIT=30",
-    "  # scheduler.partition=preempt": "  scheduler.partition=preempt",
-    "  # scheduler.time_min=240": "  scheduler.time_min=10",
-    ". .venv/bin/activate": f'export PATH="{BIN}:$PATH"',
-}
 ONE_CPU = {"kind": "slurm", "gpus": 1, "cpus": 1}
-
-
-class Site:
-    """A user's folder: the scripts, and site.env as edited for this cluster."""
-
-    def __init__(self, cluster: Cluster, folder: Path) -> None:
-        self.cluster, self.folder, self.runs = cluster, folder, folder / "runs"
-        shutil.copytree(TOP / "slurm", folder / "slurm")
-        self.runs.mkdir()
-        text = (folder / "slurm" / "site.env").read_text(encoding="utf-8")
-        for line, edited in EDITS.items():
-            assert f"{line}\n" in text
-            text = text.replace(line, edited)
-        (folder / "slurm" / "site.env").write_text(text, encoding="utf-8")
-
-    def shell(self, line: str) -> subprocess.CompletedProcess[str]:
-        """What a user types after ``. slurm/site.env``."""
-        line = f". slurm/site.env && {line}"
-        return subprocess.run(
-            ["bash", "-c", line],
-            cwd=self.folder,
-            env=self.cluster.environ,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
-    def sbatch(self, words: str) -> str:
-        """The id of a job."""
-        done = self.shell(f"sbatch --parsable {words}")
-        assert done.returncode == 0, done.stderr
-        return done.stdout.strip()
-
-    def standing_run(self, name: str) -> Run:
-        """A run that is to be, and will stand still in the middle."""
-        run = Run(self.runs / f"experiment_{name}")
-        run.path.mkdir()
-        hold(run, "step", stand_after(4))
-        return run
-
-    def said(self, job: str) -> str:
-        """The output of a job."""
-        return "".join(path.read_text() for path in self.runs.glob(f"latentwire-*-{job}.out"))
-
-    def show(self, job: str) -> dict[str, str]:
-        """The fields of ``scontrol show job``."""
-        words = self.cluster.run("scontrol", "show", "job", "-o", job).split()
-        return dict(word.split("=", 1) for word in words if "=" in word)
 
 
 @pytest.fixture
@@ -146,7 +90,6 @@ def test_an_orchestrator_that_is_preempted_in_the_middle_of_a_fleet(site: Site, 
     assert site.show(job)["Restarts"] == "1"
     assert [run.config().scheduler.partition for run in fleet] == ["preempt"] * 4
     assert [final_digests(run) for run in fleet] == [final_digests(calm)] * 4
-    assert "preempted" in {verdict_of(run.attempts()[0]).outcome for run in fleet}
     for run in fleet:
         assert_never_two_at_once(run)
         assert f"{run.name}: DONE" in site.said(job)
@@ -162,11 +105,13 @@ def test_an_experiment_that_trains_in_its_own_allocation(site: Site, calm: Run) 
     second_job = site.sbatch(f"slurm/elastic_gpu_experiment.slurm {config.name}")
     wait_for(lambda: f"toy has job {job} already" in site.said(second_job), "the refusal of a second job")
     write_config(site.folder, "toy", seed=4)  # a user's next experiment
+    orchestrator = Orchestrator(site.cluster, site.runs, "--resume")
     with node_taken(site, site.show(job)["NodeList"]):
         wait_for_event(first, "notice", "agent")
         hold(run, "step", NEVER)
         assert wait_for_event(first, "requeue", "agent")["done"]
     wait_for(lambda: site.show(job)["JobState"] == "COMPLETED", f"the end: {site.said(job)}")
+    assert orchestrator.finish() == 0, orchestrator.said()
     assert_lost_nothing(run, calm)
     assert_never_two_at_once(run)
     assert run.config().data.prefetch == 3
@@ -222,9 +167,7 @@ def test_the_validation_passes(site: Site) -> None:
     train = {"steps": 90, "num_micro_batches": 4, "eval_every": 8, "warmup_batches": 40}
     write_config(site.folder, "short", workload=workload, train=train, checkpoint=OFTEN_SAVED)
     job = site.sbatch("--gres=gpu:0 slurm/validation.slurm short.yaml")
-    deadline = time.monotonic() + 500
     while site.show(job)["JobState"] in ("PENDING", "RUNNING", "COMPLETING"):
-        assert time.monotonic() < deadline, site.said(job)
         time.sleep(1)
     assert site.show(job)["JobState"] == "COMPLETED", site.said(job)
     assert "=== all of it works on" in site.said(job)
