@@ -20,16 +20,15 @@ $(INSTALLED): pyproject.toml constraints.txt
 quickstart: $(INSTALLED)
 	$(BIN)/python -m latentwire.orchestrate --config configs/quickstart.yaml --runs-dir $(RUNS)
 
-test: $(INSTALLED)
-	@sh tests/slurm/install.sh
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+test: test-fast test-slurm
 
 test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm"
 
+# These tests wait more than they work, so several run side by side, each process with a Slurm of its own.
 test-slurm: $(INSTALLED)
 	@sh tests/slurm/install.sh
-	$(BIN)/python -m pytest -m "slurm and not slow" tests/slurm
+	$(BIN)/python -m pytest -n 3 --dist loadfile -m "slurm and not slow" tests/slurm
 
 cluster: $(INSTALLED)
 	@$(BIN)/python tests/slurm/cluster.py up build/cluster

@@ -18,6 +18,7 @@ from latentwire.run.directory import Attempt, Run
 from latentwire.run.journal import Journal
 from latentwire.run.process import node_name
 from latentwire.scheduler import slurm
+from latentwire.scheduler.jobs import list_jobs
 
 if TYPE_CHECKING:
     from latentwire.train.agent import Agent
@@ -134,6 +135,8 @@ def _lead(agent: Agent) -> str:
         with blocked():  # the agent's handlers unblock them, so that a notice is either found here or heard there
             if _is_finished(agent.run):  # a successor that is not needed
                 outcome = "finished"
+            elif _waited_for_a_cancelled_job(agent.run, agent.allocation):
+                outcome = "cancelled"
             else:
                 is_late = slurm.is_ending(agent.allocation.job_id)
                 outcome = "preempted" if is_late else agent.main().outcome
@@ -150,6 +153,15 @@ def _lead(agent: Agent) -> str:
 def _is_finished(run: Run) -> bool:
     attempts = run.attempts()
     return bool(attempts) and verdict_of(attempts[-1]).outcome == "finished"
+
+
+def _waited_for_a_cancelled_job(run: Run, allocation: Allocation) -> bool:
+    """Whether this is a successor of a job that was cancelled while it was pending, with no process to write it down."""
+    after = next((job.after for job in list_jobs(run) if job.job_id == allocation.job_id), None)
+    if after is None or not slurm.was_cancelled_in_the_queue(after):
+        return False
+    write_json(run.cancel_path, {"time": time.time(), "by": f"scancel of job {after}"})
+    return True
 
 
 def _tell_followers(run: Run, allocation: Allocation, outcome: str) -> None:

@@ -186,6 +186,15 @@ def was_cancelled(job_id: str, restart: int, runner: Runner = run_inside_a_job) 
         time.sleep(_POLL_S)
 
 
+def was_cancelled_in_the_queue(job_id: str, runner: Runner = run_inside_a_job) -> bool:
+    """Whether somebody cancelled a job that never ran. No answer is no."""
+    try:
+        job = show_job(job_id, runner)
+    except SchedulerError:
+        return False
+    return job.get("JobState") == "CANCELLED" and job.get("RunTime") == "00:00:00"
+
+
 def _restarts(job: dict[str, str]) -> int:
     return int(job.get("Restarts", 0))
 
