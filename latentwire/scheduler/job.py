@@ -156,7 +156,7 @@ def _is_finished(run: Run) -> bool:
 
 
 def _waited_for_a_cancelled_job(run: Run, allocation: Allocation) -> bool:
-    """Whether this is a successor of a job that was cancelled while it was pending, with no process to write it down."""
+    """Whether this is a successor of a job that was cancelled while pending, with no process to write it down."""
     after = next((job.after for job in list_jobs(run) if job.job_id == allocation.job_id), None)
     if after is None or not slurm.was_cancelled_in_the_queue(after):
         return False
