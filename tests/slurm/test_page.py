@@ -50,7 +50,7 @@ def read_as_its_program_does(script: str, words: list[str]) -> None:
     if "orchestrator" in script:
         program = typer.Typer()
         program.command()(orchestrate.main)
-        read(typer.main.get_command(program), ["--config", *words])
+        read(typer.main.get_command(program), ["--config", *words] if words else ["--resume"])
     elif "experiment" in script:
         read(typer.main.get_command(app), ["run", *words])
 
