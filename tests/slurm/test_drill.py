@@ -12,6 +12,9 @@ import pytest
 from cluster import Cluster
 from running import BIN, OFTEN_SAVED, PATIENCE_S, TERM, wait_for, write_config
 
+from latentwire.run.directory import Run
+from latentwire.run.status import run_status
+
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
 
@@ -45,6 +48,12 @@ def jobs(cluster: Cluster, partition: str, states: str) -> list[str]:
     return cluster.run("squeue", "-h", "-p", partition, "-t", states, "-o", "%i").split()
 
 
+def wait_for_run(runs_dir: Path, name: str) -> Run:
+    """One of the drill's runs, once its job is submitted."""
+    (path,) = wait_for(lambda: list(runs_dir.glob(f"drill-*/experiment_{name}/jobs/0001.json")), f"the {name} run")
+    return Run(path.parents[1])
+
+
 def test_the_bits_survive_whatever_slurm_does(cluster: Cluster, tmp_path: Path) -> None:
     with drill_of_the_toy(cluster, tmp_path, "--preempting-partition", "high", "--json") as process:
         output, errors = process.communicate()
@@ -72,6 +81,9 @@ def test_the_bits_survive_whatever_slurm_does(cluster: Cluster, tmp_path: Path) 
 
 def test_an_interrupt_leaves_no_job_behind(cluster: Cluster, tmp_path: Path) -> None:
     with drill_of_the_toy(cluster, tmp_path, "--preempting-partition", "high", "train.steps=30") as process:
+        undisturbed, disturbed = (wait_for_run(tmp_path / "runs", name) for name in ("undisturbed", "disturbed"))
+        assert run_status(undisturbed).state == "DONE", "it is not to be preempted too"
+        wait_for(lambda: len(disturbed.attempts()) == 2, "what follows the TERM in training")
         wait_for(lambda: jobs(cluster, "high", "running"), "the job that preempts")
         process.send_signal(TERM)
         process.communicate(timeout=PATIENCE_S)
