@@ -12,18 +12,16 @@ from typing import Any
 
 from latentwire.config import Config
 from latentwire.errors import RunBusy, RunError, SchedulerError
-from latentwire.run.directory import Attempt, Run, create_run, list_runs, refuse_another_identity, run_of
-from latentwire.run.journal import time_of
+from latentwire.run.directory import Run, create_run, list_runs, refuse_another_identity, run_of
 from latentwire.run.process import ProcessIdentity
 from latentwire.run.resuming import take_back_stops
-from latentwire.run.status import is_alive, run_status
+from latentwire.run.status import run_status
 from latentwire.scheduler import slurm
 from latentwire.scheduler.jobs import Job, list_jobs, write_job
 from latentwire.scheduler.queue import ask
 from latentwire.scheduler.submission import Request, scheduler_kind, submit
 from latentwire.scheduler.watched import Watched
 
-_SUBMISSION_TAKES_S = 60.0
 _FIRST_NODE_TAKES_S = 300.0
 _POLL_S = 0.5
 
@@ -138,18 +136,12 @@ def _refuse_if_busy(watched: Watched) -> None:
     is_unsure = watched.is_unsure() and scheduler_kind(watched.config.scheduler) == "slurm"
     queue = ask(watched.chain(), unknown_ones=is_unsure)
     busy = [f"job {job.job_id}" for job in watched.chain() if queue.is_live(job)]
-    busy += [f"attempt {a.number}" for a in watched.attempts[-1:] if _runs_locally(a, now)]
-    if watched.is_unsure():
+    busy += [f"attempt {watched.attempts[-1].number}"] if watched.runs_locally(now) else []
+    if is_unsure:
         busy += [f"job {job_id}, of a submission cut short," for job_id in queue.ids_with(str(last.get("token", "")))]
-        is_under_way = last["event"] == "submitting" and now - time_of(last) < _SUBMISSION_TAKES_S
-        busy += ["a submission under way"] if is_under_way else []
+    busy += ["a submission under way"] if watched.is_being_submitted(now) else []
     if busy:
         raise RunBusy(
             f"{name} has {busy[0]} already; look on with: latentwire status {name}, "
             f"or end that first: latentwire cancel {name}"
         )
-
-
-def _runs_locally(attempt: Attempt, now: float) -> bool:
-    """A local attempt is judged by its process; one under Slurm by its job."""
-    return attempt.record().get("scheduler") != "slurm" and attempt.ended() is None and is_alive(attempt, now)

@@ -17,7 +17,7 @@ from latentwire.run.atomic import write_json
 from latentwire.run.budget import next_move
 from latentwire.run.directory import Run
 from latentwire.run.journal import time_of
-from latentwire.run.status import RunStatus, is_alive
+from latentwire.run.status import RunStatus
 from latentwire.run.telling import tell
 from latentwire.scheduler import ladder
 from latentwire.scheduler.jobs import Job, write_job
@@ -30,7 +30,6 @@ _LOOK_S, _LOOK_AT_MANY_S = 0.5, 5.0
 _FOLD_S, _FOLD_MANY_S = 0.5, 10.0
 _ASK_S, _ASK_EAGERLY_S, _EAGER_FOR_S = 10.0, 1.0, 20.0
 _RENEW_S = 60.0
-_SUBMISSION_TAKES_S = 60.0
 _TURNING_POINTS = {"submitted", "attempt_ended", "requeue"}
 """After these a job's state is about to change: Slurm is asked more often for a while, and otherwise left in peace."""
 
@@ -172,17 +171,10 @@ class Orchestrator:
             live = [job for job in chain if queue.is_live(job)]
             if live:
                 self._mind_the_ladder(watched, live[0], queue)
-            return bool(live) or self._runs_here(watched) or self._is_being_submitted(watched, queue)
+            return bool(live) or watched.runs_locally(self._clock()) or self._is_being_submitted(watched, queue)
         except (LatentWireError, OSError) as error:
             self._give_up(watched, str(error))
             return False
-
-    def _runs_here(self, watched: Watched) -> bool:
-        """A local attempt is judged by its process; one under Slurm by its job, whatever its node may say."""
-        attempt = watched.attempts[-1] if watched.attempts else None
-        if attempt is None or attempt.record().get("scheduler") == "slurm" or attempt.ended() is not None:
-            return False
-        return is_alive(attempt, self._clock())
 
     def _heed_a_cancel(self, watched: Watched, chain: Sequence[Job], queue: Queue) -> None:
         """A plain scancel is a person's word: the run stays cancelled, and what waits after its job is taken back."""
@@ -211,7 +203,7 @@ class Orchestrator:
         if found:
             self._adopt(watched, int(last["number"]), found)
             return True
-        return last["event"] == "submitting" and self._clock() - time_of(last) < _SUBMISSION_TAKES_S
+        return watched.is_being_submitted(self._clock())
 
     def _adopt(self, watched: Watched, number: int, job_ids: list[str]) -> None:
         """Take over jobs whose submission was cut short: the first, and its successors."""

@@ -55,5 +55,7 @@ def slurm_parameters(config: Config, token: str, gpus: int | None = None) -> dic
         "nodes": section.nodes,
         "ntasks_per_node": 1,
         "cpus_per_task": section.cpus,
+        # From Slurm 22.05 on srun does not take the CPUs over; and where one agent dies, those of other nodes end too.
+        "srun_args": [f"--cpus-per-task={section.cpus}", "--kill-on-bad-exit=1"],
         "additional_parameters": more,
     }

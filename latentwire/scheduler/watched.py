@@ -11,11 +11,12 @@ from latentwire.run.budget import committed_step
 from latentwire.run.directory import Attempt, Run
 from latentwire.run.journal import Follower, Journal, last_record, read_journal, time_of
 from latentwire.run.lease import Lease
-from latentwire.run.status import RunStatus, run_status
+from latentwire.run.status import RunStatus, is_alive, run_status
 from latentwire.scheduler.jobs import Job, list_jobs
 
 _FIRST_PAUSE_S = 5.0
 _LONGEST_PAUSE_S = 300.0
+_SUBMISSION_TAKES_S = 60.0
 _TOLD = ("events.agent.jsonl", "events.rank0.jsonl")
 _FILES = (*_TOLD, "metrics.jsonl")
 
@@ -89,6 +90,18 @@ class Watched:
         """Whether a submission was begun, or failed, of which there is no job: the scheduler may know better."""
         begun = self.last_event.get("event") in ("submitting", "submission_failed")
         return begun and int(self.last_event.get("number", 0)) > (self.jobs[-1].number if self.jobs else 0)
+
+    def is_being_submitted(self, now: float) -> bool:
+        """Whether a submission may be under way: its process outlives an orchestrator that is killed."""
+        begun = self.is_unsure() and self.last_event["event"] == "submitting"
+        return begun and now - time_of(self.last_event) < _SUBMISSION_TAKES_S
+
+    def runs_locally(self, now: float) -> bool:
+        """Whether an attempt lives on this machine. One under Slurm is judged by its job, whatever its node may say."""
+        attempt = self.attempts[-1] if self.attempts else None
+        if attempt is None or attempt.record().get("scheduler") == "slurm" or attempt.ended() is not None:
+            return False
+        return is_alive(attempt, now)
 
     def resumed_at(self) -> float:
         """When a person last asked for the run again, unix seconds; 0: never."""

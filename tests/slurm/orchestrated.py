@@ -182,3 +182,8 @@ def assert_lost_nothing(run: Run, calm: Run) -> None:
 def job_ids(run: Run) -> list[str]:
     """Of each attempt."""
     return [str(attempt.record()["job_id"]) for attempt in run.attempts()]
+
+
+def stderr_of_jobs(run: Run) -> str:
+    """submitit's logs of the run's jobs; Slurm tells there what it does to them."""
+    return "".join(path.read_text() for path in (run.path / "submitit").glob("*/*_log.err"))

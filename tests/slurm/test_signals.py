@@ -8,9 +8,8 @@ from pathlib import Path
 import psutil
 import pytest
 from cluster import Cluster
-from orchestrated import assert_lost_nothing, everything_taken, job_ids, orchestrated
+from orchestrated import assert_lost_nothing, everything_taken, job_ids, orchestrated, stderr_of_jobs
 from running import HERE, events, trained_steps, wait_for, wait_for_event
-from time_limit import stderr_of_jobs
 
 from latentwire.checklist.drill import final_digests
 from latentwire.run.atomic import read_json

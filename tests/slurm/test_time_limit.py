@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from cluster import Cluster
-from orchestrated import assert_lost_nothing, job_ids, orchestrated
+from orchestrated import assert_lost_nothing, job_ids, orchestrated, stderr_of_jobs
 from running import events, wait_for, wait_for_event
 
 from latentwire.checklist.drill import final_digests
@@ -37,11 +37,6 @@ def ended(cluster: Cluster, folder: Path) -> Run:
         program.go_on()
         program.finish()
         return program.run
-
-
-def stderr_of_jobs(run: Run) -> str:
-    """submitit's logs of the run's jobs; Slurm tells there what it does to them."""
-    return "".join(path.read_text() for path in (run.path / "submitit").glob("*/*_log.err"))
 
 
 @pytest.fixture(scope="module")
