@@ -223,7 +223,9 @@ ITEMS = (
     Item(
         "slurm-fleet",
         "Fleets: arrays, a cap, successors, a controller that is down, the orchestrator's own job preempted",
-        _pytest("-m", "slurm and not slow", *(f"tests/slurm/test_{n}.py" for n in ("fleet", "successors", "scripts"))),
+        _pytest(
+            "-m", "slurm and not slow", *(f"tests/slurm/test_{n}.py" for n in ("slurm_fleet", "successors", "scripts"))
+        ),
         tests_pass,
     ),
     Item(
@@ -235,7 +237,7 @@ ITEMS = (
     Item(
         "drill-slurm",
         "The drill through sbatch and scancel on a real Slurm, with a real preemption",
-        _pytest("-m", "slurm", "tests/slurm/test_drill.py"),
+        _pytest("-m", "slurm", "tests/slurm/test_slurm_drill.py"),
         slurm_drill_passes,
     ),
 )
