@@ -276,6 +276,8 @@ def load_config(path: Path | str, overrides: Iterable[str] = ()) -> Config:
     """
     path = Path(path)
     tree = read_tree(path)
+    if "runs" in tree:
+        raise ConfigError(f"{path} is a fleet of several runs: python -m latentwire.orchestrate --config {path}")
     for override in overrides:
         apply_override(tree, override)
     return parse_config(tree, where=str(path))

@@ -26,7 +26,7 @@ from latentwire.run.resuming import take_back_stops
 from latentwire.run.status import run_status
 from latentwire.scheduler import slurm
 from latentwire.scheduler.orchestrator import Orchestrator, log
-from latentwire.scheduler.submission import scheduler_kind
+from latentwire.scheduler.submission import check_time, scheduler_kind
 from latentwire.target import SCRIPT
 
 
@@ -107,9 +107,10 @@ def _orchestrate(request: _Request) -> int:
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, on_signal)
         statuses = orchestrator.main()
-    board.epilogue(statuses, stopped=bool(signals))
     if signals:
         _requeue_own_job(signals[0])
+    board.epilogue(statuses, max_running, stopped=bool(signals))
+    if signals:
         return 128 + signals[0]
     return 0 if all(status.state == "DONE" for status in statuses) else 1
 
@@ -148,7 +149,7 @@ def _charge(request: _Request) -> tuple[list[Run], int | None]:
 def _runs(request: _Request, configs: list[Config]) -> list[Run]:
     """The runs that are asked for, made where they are new."""
     for config in configs:
-        scheduler_kind(config.scheduler)
+        check_time(config)
         _refuse_if_held(run_of(config, request.runs_dir))  # before its config.yaml is written anew
     runs = [create_run(config, request.runs_dir) for config in configs]
     if request.resume:
@@ -206,7 +207,7 @@ def _refuse_if_held(run: Run) -> None:
     if holder is not None:
         raise RunBusy(
             f"{run.name} is held by the orchestrator with pid {holder.pid} on {holder.host}; "
-            f"look on with: latentwire status, or stop that one first (kill -TERM {holder.pid})"
+            f"look on with: latentwire status, or stop that one first ({Lease(run.lease_path).how_to_stop()})"
         )
 
 

@@ -78,7 +78,7 @@ class Board(logging.Handler):
         self._shown[status.name] = (state, status.step, time.monotonic())
         print(f"{time.strftime('%H:%M:%S')} {_line(status)}", flush=True)
 
-    def epilogue(self, statuses: Sequence[RunStatus], stopped: bool) -> None:
+    def epilogue(self, statuses: Sequence[RunStatus], max_running: int | None, stopped: bool) -> None:
         """The last words: what became of each run, and what to type next."""
         for status in statuses:
             print(_line(status))
@@ -86,7 +86,10 @@ class Board(logging.Handler):
                 print(f"  weights  sha256 {status.weights_sha256}")
                 print(f"  files    {status.path}")
         if stopped:
-            print("the orchestrator stopped; jobs go on. Take over again: python -m latentwire.orchestrate --resume")
+            cap = "" if max_running is None else f" --max-running {max_running}"
+            print(
+                f"the orchestrator stopped; jobs go on. Take over again: python -m latentwire.orchestrate --resume{cap}"
+            )
         print("next:")
         for command in _next_commands(statuses[0]):
             print(f"  {command}")

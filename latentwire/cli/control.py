@@ -62,7 +62,14 @@ def cancel(run: RunArgument, runs_dir: RunsDirOption = DEFAULT_RUNS_DIR) -> None
     if ended is not None and ended.get("outcome") == "finished":
         raise RunError(f"{opened.name} is finished: there is nothing to cancel")
     _write_mark(opened)  # before the signal: whoever sees the attempt end must see the mark
-    for line in _stop(opened):
+    try:
+        lines = _stop(opened)
+    except SchedulerError as error:
+        raise SchedulerError(
+            f"{error}; the cancel itself is on disk: {opened.name} ends at its next stop. Try again where Slurm "
+            f"answers, or take it back: python -m latentwire.orchestrate --resume {run}"
+        ) from None
+    for line in lines:
         print(one_line(line))
     print(one_line(f"nobody starts it again; to take that back: python -m latentwire.orchestrate --resume {run}"))
 

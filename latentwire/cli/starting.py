@@ -40,7 +40,8 @@ def submit(
         print(script(loaded, runs_dir), end="")
         return
     jobs = submit_one(loaded, runs_dir)
-    print(one_line(f"submitted {loaded.name} as job {', then '.join(job.job_id for job in jobs)}"))
+    where = "on this machine" if jobs[0].scheduler == "local" else "to Slurm"
+    print(one_line(f"submitted {loaded.name} {where} as job {', then '.join(job.job_id for job in jobs)}"))
     print(f"next:\n  latentwire status {loaded.name}\n  latentwire events {loaded.name} --follow")
 
 

@@ -49,7 +49,7 @@ class Lease:
                 assert holder is not None
                 raise RunBusy(
                     f"{self.path.parent.name} is held by the orchestrator with pid {holder.pid} on {holder.host}; "
-                    f"stop that one first (kill -TERM {holder.pid}), or look on with: latentwire status"
+                    f"stop that one first ({self.how_to_stop()}), or look on with: latentwire status"
                 )
             self._write()
 
@@ -89,6 +89,14 @@ class Lease:
         if alive is None:
             alive = self._clock() - float(record.get("renewed", 0)) < STALE_AFTER_S
         return holder if alive else None
+
+    def how_to_stop(self) -> str:
+        """What a person types to end the holder; its jobs go on."""
+        record = read_json(self.path)
+        holder, job_id = self._named(record), record.get("job_id") if isinstance(record, dict) else None
+        if job_id is not None:
+            return f"scancel {job_id}"
+        return "it is gone" if holder is None else f"kill -TERM {holder.pid}"
 
     @staticmethod
     def _named(record: Any) -> ProcessIdentity | None:

@@ -201,6 +201,8 @@ class _Facts:
 
 def _state(run: Run, alive: bool, outcomes: list[str], facts: _Facts, now: float) -> tuple[str, str | None]:
     if alive:
+        if run.cancel_path.exists():
+            return "RUNNING", "cancelled: ends at its next stop"
         if facts.alarm is not None:
             return "RUNNING", facts.alarm
         stalled = facts.last_step_at is not None and now - facts.last_step_at > STALLED_S

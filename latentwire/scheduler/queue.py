@@ -107,8 +107,12 @@ class Queue:
         return state is not None and state.state == "CANCELLED"
 
     def ids_with(self, comment: str) -> list[str]:
-        """Jobs that were submitted with that comment, tasks of an array one by one."""
-        return [job_id for job_id, state in self._states.items() if comment and state.comment == comment]
+        """Jobs with that comment, tasks of an array one by one: those that live, and those that a person cancelled.
+
+        Slurm also keeps a record of what it refused, as FAILED.
+        """
+        known = {job_id: state for job_id, state in self._states.items() if comment and state.comment == comment}
+        return [job_id for job_id, state in known.items() if state.is_live or state.state == "CANCELLED"]
 
 
 def ask(

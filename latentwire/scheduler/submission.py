@@ -8,6 +8,7 @@ was killed before its record was written is found again by it.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 import shutil
@@ -27,6 +28,8 @@ from latentwire.scheduler.parameters import PYTHON, slurm_parameters
 
 _YEAR_MIN = 60 * 24 * 365
 _PING_S = 30.0
+_WARNED_EARLY_S = 60.0
+_START_S = 30.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +84,7 @@ def submit(request: Request) -> list[Job]:
     log.parent.mkdir(exist_ok=True)
     words = [word for run, number in request.entries for word in (str(run.path), str(number))]
     with open(log, "ab") as output:
-        result = subprocess.run(
+        subprocess.run(
             [sys.executable, "-m", "latentwire.scheduler.submission", request.token, *words],
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -91,16 +94,35 @@ def submit(request: Request) -> list[Job]:
         )
     jobs = [read_job(run, number) for run, number in request.entries]
     if None in jobs:
-        said = log.read_text(errors="replace").strip().splitlines()[-3:]
-        raise SchedulerError(
-            f"{first.name} could not be submitted (exit {result.returncode}): {' '.join(said)} ({log})"
-        )
+        raise SchedulerError(f"{first.name} could not be submitted: {_what_went_wrong(log)} ({log})")
     return [job for job in jobs if job is not None]
 
 
 _PERMANENT = re.compile(
     r"invalid|unrecognized|not permitted|access/permission|configuration is not available", re.IGNORECASE
 )
+
+
+def _what_went_wrong(log: Path) -> str:
+    """What sbatch said; else the last line of a Python error."""
+    lines = log.read_text(errors="replace").strip().splitlines() or ["it left no message"]
+    said = [line[line.index("sbatch: ") :] for line in lines if "sbatch: " in line]
+    return "; ".join(dict.fromkeys(said)) or lines[-1]
+
+
+def check_time(config: Config) -> None:
+    """Refuse a job that would be warned of its time limit before it has trained.
+
+    Raises:
+        ConfigError: with the least that makes sense.
+    """
+    least = math.ceil((config.preemption.grace_s + _WARNED_EARLY_S + _START_S) / 60)
+    if scheduler_kind(config.scheduler) == "slurm" and config.scheduler.time_min < least:
+        raise ConfigError(
+            f"scheduler.time_min: Slurm warns a job of {config.scheduler.time_min} min as early as "
+            f"{config.preemption.grace_s:g} + {_WARNED_EARLY_S:g} s before its end (preemption.grace_s); it would "
+            f"hardly train. Ask for {least} min or more, or for less grace"
+        )
 
 
 def is_permanent(error: SchedulerError) -> bool:

@@ -138,7 +138,7 @@ def test_a_dry_run_is_the_script_that_is_submitted(site: Site) -> None:
     assert done.returncode == 0, done.stderr
     run = Run(site.runs / "experiment_toy")
     (job,) = list_jobs(run)
-    assert f"submitted toy as job {job.job_id}" in done.stdout
+    assert f"submitted toy to Slurm as job {job.job_id}" in done.stdout
     (script,) = (run.path / "submitit").rglob("*submission.sh")
     token = site.show(job.job_id)["Comment"]
     assert script.read_text().replace(token, "TOKEN") == dry.stdout

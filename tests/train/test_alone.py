@@ -90,7 +90,7 @@ def test_a_run_right_here_is_preempted_and_a_submitted_job_finishes_it(tmp_path:
         assert (process.returncode, said.splitlines()[-1]) == (75, "toy: preempted")
     code, said = latentwire(tmp_path, "submit", config)
     assert code == 0, said
-    assert f"submitted toy as job {list_jobs(run)[1].job_id}" in said
+    assert f"submitted toy on this machine as job {list_jobs(run)[1].job_id}" in said
     wait_for(lambda: run_status(run).state == "DONE", "the job's end")
     first, second = run.attempts()
     assert [verdict_of(a).outcome for a in (first, second)] == ["preempted", "finished"]

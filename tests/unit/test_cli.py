@@ -594,5 +594,8 @@ def test_cancel_says_what_scancel_said(home: Path, agents: Agents, scancel: Path
     (scancel / "scancel").write_text("#!/bin/sh\necho 'scancel: error: no controller' >&2\nexit 1\n")
     result = _latentwire(home, "cancel", "toy", path=scancel)
     assert result.returncode == 1
-    assert result.stderr == "latentwire: scancel 4711: scancel: error: no controller\n"
+    assert result.stderr.startswith("latentwire: scancel 4711: scancel: error: no controller; the cancel itself is on")
     assert run.cancel_path.exists()
+    status = _latentwire(home, "status").stdout
+    assert "RUNNING" in status
+    assert "cancelled: ends at its next stop" in status

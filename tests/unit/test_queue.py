@@ -77,7 +77,7 @@ def test_a_slurm_that_does_not_answer_is_no_answer() -> None:
 
 def test_slurm_is_not_asked_without_need() -> None:
     assert ask([], runner=no_accounting).ids_with("abc") == []
-    assert ask([], unknown_ones=True, runner=squeue).ids_with("abc") == ["1"]
+    assert ask([], unknown_ones=True, runner=squeue).ids_with("abc") == ["1"], "a person cancelled it"
 
 
 def test_a_command_is_tried_three_times() -> None:

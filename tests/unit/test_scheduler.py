@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from latentwire.config import SchedulerSection
+from latentwire.config import SchedulerSection, parse_config
 from latentwire.errors import ConfigError
 from latentwire.scheduler import slurm
 from latentwire.scheduler.job import SlurmAllocation
-from latentwire.scheduler.submission import scheduler_kind
+from latentwire.scheduler.submission import check_time, scheduler_kind
 
 NO_CLUSTER = "echo 'scontrol: fatal: Could not establish a configuration source' >&2; exit 1"
 DOWN = "echo 'Slurmctld(primary) at login is DOWN'; exit 1"
@@ -80,3 +80,17 @@ def test_an_earlier_start_leaves_the_job_alone() -> None:
     controller = Controller(restarts=2)
     assert slurm.requeue("77", 1, controller).done
     assert not [command for command in controller.commands if "requeue" in command]
+
+
+@pytest.mark.parametrize(("minutes", "grace_s", "fits"), [(3, 120.0, False), (4, 120.0, True), (2, 5.0, True)])
+def test_a_time_limit_that_leaves_no_time_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minutes: int, grace_s: float, fits: bool
+) -> None:
+    install(tmp_path, monkeypatch, sbatch="")
+    sections = {"scheduler": {"kind": "slurm", "time_min": minutes}, "preemption": {"grace_s": grace_s}}
+    config = parse_config({"name": "a", "workload": {"target": "script"}, **sections}, "here")
+    if fits:
+        check_time(config)
+        return
+    with pytest.raises(ConfigError, match=r"scheduler\.time_min.* Ask for 4 min or more"):
+        check_time(config)
