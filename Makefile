@@ -28,7 +28,7 @@ test-fast: $(INSTALLED)
 # These tests wait more than they work, so several run side by side, each process with a Slurm of its own.
 test-slurm: $(INSTALLED)
 	@sh tests/slurm/install.sh
-	$(BIN)/python -m pytest -n 3 --dist loadfile -m "slurm and not slow" tests/slurm
+	$(BIN)/python -m pytest -n 3 --dist loadfile --timeout 900 -m "slurm and not slow" tests/slurm
 
 cluster: $(INSTALLED)
 	@$(BIN)/python tests/slurm/cluster.py up build/cluster

@@ -22,7 +22,7 @@ from pathlib import Path
 NODES = ("n0", "n1")
 GPUS_PER_NODE = 4
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "squeue", "sinfo")
-_PATIENCE_S = 60.0
+_PATIENCE_S = 180.0
 
 _CONF = """\
 ClusterName=private
@@ -150,7 +150,7 @@ class Cluster:
         """Look until a condition holds.
 
         Raises:
-            RuntimeError: it does not within a minute.
+            RuntimeError: it does not within three minutes.
         """
         assert callable(condition)
         deadline = time.monotonic() + _PATIENCE_S

@@ -20,7 +20,7 @@ from latentwire.run.atomic import write_text
 from latentwire.run.directory import Attempt, Run, create_run
 from latentwire.run.journal import read_journal
 
-PATIENCE_S = 120.0
+PATIENCE_S = 240.0
 HERE = Path(__file__).parent
 BIN = Path(sys.executable).parent
 OFTEN_SAVED: dict[str, Any] = {"interval_s": None, "interval_steps": 3, "best_metric": None}
