@@ -119,17 +119,25 @@ class DataSection(Section):
 class CheckpointSection(Section):
     """When checkpoints are made and which are kept."""
 
-    interval_s: Annotated[float, Field(gt=0)] | None = 300.0
+    interval_s: Annotated[float, Field(gt=0)] | Literal["auto"] | None = 300.0
+    """``auto``: from what a save costs and how often the run was preempted."""
     interval_steps: Positive | None = None
     """Also save after every so many steps."""
     keep: Positive = 3
     """So many verified checkpoints are kept, besides the best."""
     best_metric: str | None = "eval/loss"
     best_mode: Literal["min", "max"] = "min"
-    shard_mb: Positive = 2048
+    shard_mb: Positive = 512
     """A tensor file grows to about this size before the next is begun."""
-    threads: Positive = 4
+    threads: Positive = 8
     """Files that are hashed and written side by side."""
+    overlap: bool = True
+    """On a GPU, copy parameters while the next forward and backward pass run."""
+    host_memory_gb: Annotated[float, Field(gt=0)] | None = None
+    """A state larger than this is not copied first but streamed to the disk while training waits. None: half of the
+    memory that is free at the start."""
+    max_unchanged: Positive = 3
+    """After so many saves in a row with the very same weights an alarm is raised."""
 
 
 class PreemptionSection(Section):

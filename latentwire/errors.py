@@ -10,6 +10,7 @@
     ├── CheckpointError        a checkpoint cannot be written or read
     │   ├── CheckpointCorrupt  its bytes are not those that were committed
     │   ├── CheckpointUnsafe   its manifest points outside its own folder
+    │   ├── CheckpointTorn     its bytes are not those of one step
     │   ├── CheckpointTooNew   its format is newer than this program
     │   ├── CheckpointMismatch it belongs to another config or other frozen models
     │   ├── NoUsableCheckpoint checkpoints exist and none can be used
@@ -62,6 +63,10 @@ class CheckpointCorrupt(CheckpointError):
 
 class CheckpointUnsafe(CheckpointError):
     """The manifest names a file outside the checkpoint's own folder."""
+
+
+class CheckpointTorn(CheckpointError):
+    """The training loop changed a tensor while it was being staged."""
 
 
 class CheckpointTooNew(CheckpointError):

@@ -20,8 +20,8 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
 
 from latentwire.errors import CheckpointCorrupt, CheckpointError, CheckpointTooNew, CheckpointUnsafe
 from latentwire.run.atomic import json_safe
@@ -52,9 +52,31 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
+class TensorSource(Protocol):
+    """A tensor that can be written, wherever its bytes are."""
+
+    @property
+    def dtype(self) -> str:
+        """Its safetensors name, a key of ``DTYPE_BYTES``."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes."""
+
+    def pieces(self) -> Iterator[memoryview]:
+        """Its contiguous little-endian bytes, in order. Each piece is valid until the next is asked for."""
+
+
+class Destination(Protocol):
+    """Memory that a tensor is read into, wherever it is."""
+
+    def fill(self) -> Iterator[memoryview]:
+        """Places for its bytes, in order: each is full when the next is asked for, the last when the iterator ends."""
+
+
 @dataclasses.dataclass(frozen=True)
 class HostTensor:
-    """A tensor as bytes in host memory.
+    """A tensor as bytes in host memory: a source and a destination.
 
     Attributes:
         dtype: its safetensors name, a key of ``DTYPE_BYTES``.
@@ -66,32 +88,55 @@ class HostTensor:
     shape: tuple[int, ...]
     data: memoryview
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the data."""
-        return self.data.nbytes
+    @classmethod
+    def empty(cls, dtype: str, shape: tuple[int, ...]) -> HostTensor:
+        """Room for a tensor."""
+        return cls(dtype, shape, memoryview(bytearray(tensor_bytes(dtype, shape))))
+
+    def pieces(self) -> Iterator[memoryview]:
+        """See ``TensorSource``."""
+        yield self.data
+
+    def fill(self) -> Iterator[memoryview]:
+        """See ``Destination``."""
+        yield self.data
 
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """One step's state, staged in memory that nobody else will touch.
+    """One step's state; nobody changes its bytes until it is written.
 
     Attributes:
         step: completed optimizer steps.
         tensors: group (``model``, ``optimizer``...) -> name -> tensor; a group becomes one or several files.
         values: everything else, as JSON.
         metrics: what was measured with exactly these weights.
+        replicated: (group, name) of tensors that are the same on every rank, so that any rank may write them.
+        settle: called on the saving thread before the first byte is read; blocks until all bytes are staged. Raises
+            ``CheckpointTorn`` where they are not those of one step.
     """
 
     step: int
-    tensors: Mapping[str, Mapping[str, HostTensor]]
+    tensors: Mapping[str, Mapping[str, TensorSource]]
     values: Mapping[str, Any]
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    replicated: frozenset[tuple[str, str]] = frozenset()
+    settle: Callable[[], None] = lambda: None
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(t.num_bytes for group in self.tensors.values() for t in group.values())
+        return sum(num_bytes_of(tensor) for group in self.tensors.values() for tensor in group.values())
+
+
+def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor of that type and shape."""
+    return DTYPE_BYTES[dtype] * math.prod(shape)
+
+
+def num_bytes_of(tensor: TensorSource) -> int:
+    """Bytes of a tensor."""
+    return tensor_bytes(tensor.dtype, tensor.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,25 +268,55 @@ def parse_sums(text: str, where: str) -> dict[str, str]:
     return sums
 
 
-def split_into_files(
-    group: str, tensors: Mapping[str, HostTensor], shard_bytes: int
-) -> dict[str, dict[str, HostTensor]]:
+@dataclasses.dataclass(frozen=True)
+class TensorFile:
+    """One file of a checkpoint to be: the names of its tensors, and the rank that writes it."""
+
+    name: str
+    group: str
+    tensors: tuple[str, ...]
+    num_bytes: int
+    rank: int = 0
+
+
+def plan_files(snapshot: Snapshot, shard_bytes: int, world_size: int = 1) -> list[TensorFile]:
+    """Divide a snapshot's groups into files and these over the ranks.
+
+    It goes by names, types and shapes alone, so that every rank comes to the same plan without a word.
+    What is replicated goes, largest first, to the rank that has least to write (Graham's rule); the rest to rank 0.
+    """
+    files = [f for group in sorted(snapshot.tensors) for f in _split(group, snapshot.tensors[group], shard_bytes)]
+    free = [f for f in files if all((f.group, name) in snapshot.replicated for name in f.tensors)]
+    loads = [0] * world_size
+    loads[0] = sum(f.num_bytes for f in files) - sum(f.num_bytes for f in free)
+    ranks: dict[str, int] = {}
+    for file in sorted(free, key=lambda f: (-f.num_bytes, f.name)):
+        rank = min(range(world_size), key=lambda r: loads[r])
+        loads[rank] += file.num_bytes
+        ranks[file.name] = rank
+    return [dataclasses.replace(f, rank=ranks.get(f.name, 0)) for f in files]
+
+
+def _split(group: str, tensors: Mapping[str, TensorSource], shard_bytes: int) -> list[TensorFile]:
     """Divide a group into files of at most ``shard_bytes``, or of one tensor where one is larger."""
-    shards: list[dict[str, HostTensor]] = [{}]
-    size = 0
+    shards: list[list[str]] = [[]]
+    sizes = [0]
     for name in sorted(tensors):
-        num_bytes = tensors[name].num_bytes
-        if size and size + num_bytes > shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensors[name]
-        size += num_bytes
-    if len(shards) == 1:
-        return {f"{group}.safetensors": shards[0]}
-    return {f"{group}-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+        num_bytes = num_bytes_of(tensors[name])
+        if sizes[-1] and sizes[-1] + num_bytes > shard_bytes:
+            shards.append([])
+            sizes.append(0)
+        shards[-1].append(name)
+        sizes[-1] += num_bytes
+    count = len(shards)
+    names = [f"{group}-{i:05d}-of-{count:05d}" for i in range(1, count + 1)] if count > 1 else [group]
+    return [
+        TensorFile(f"{name}.safetensors", group, tuple(shard), size)
+        for name, shard, size in zip(names, shards, sizes, strict=True)
+    ]
 
 
-def encode_tensors(tensors: Mapping[str, HostTensor]) -> Iterator[bytes | memoryview]:
+def encode_tensors(tensors: Mapping[str, TensorSource]) -> Iterator[bytes | memoryview]:
     """The bytes of a safetensors file, piece by piece: the same tensors always give the same bytes.
 
     Raises:
@@ -254,44 +329,75 @@ def encode_tensors(tensors: Mapping[str, HostTensor]) -> Iterator[bytes | memory
     offset = 0
     for name in order:
         tensor = tensors[name]
-        assert tensor.num_bytes == DTYPE_BYTES[tensor.dtype] * math.prod(tensor.shape), name
-        end = offset + tensor.num_bytes
+        end = offset + num_bytes_of(tensor)
         header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for name in order:
-        yield tensors[name].data
+        yield from tensors[name].pieces()
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """Where a tensor lies in its file, without its bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def header_bytes(first: bytes, num_bytes: int, where: str) -> int:
+    """The length of a tensor file's header from its first eight bytes.
+
+    Raises:
+        CheckpointCorrupt: it claims more than the file has, or than we ever write.
+    """
+    length = int.from_bytes(first, "little")
+    if len(first) < 8 or length > min(MAX_HEADER_BYTES, num_bytes - 8):
+        raise CheckpointCorrupt(f"{where}: its header claims {length} bytes of a file of {num_bytes}")
+    return length
+
+
+def parse_header(text: bytes, body_bytes: int, where: str) -> list[Span]:
+    """The tensors of a file in the order of their bytes, which they tile without a gap.
+
+    Raises:
+        CheckpointCorrupt: the header does not parse, or its offsets do not tile the body exactly.
+    """
+    try:
+        header = json.loads(text)
+        header.pop(METADATA, None)
+        found = sorted((*map(int, e["data_offsets"]), name) for name, e in header.items())
+        spans, position = [], 0
+        for begin, end, name in found:
+            dtype, shape = header[name]["dtype"], tuple(int(n) for n in header[name]["shape"])
+            if len(shape) > MAX_DIMENSIONS or not all(0 <= n < 1 << 63 for n in shape):
+                raise ValueError(f"tensor {name!r} has no possible shape")
+            if not begin == position <= end or end - begin != tensor_bytes(dtype, shape):
+                raise ValueError(f"tensor {name!r} does not fit its place")
+            spans.append(Span(name, dtype, shape))
+            position = end
+        if position != body_bytes:
+            raise ValueError(f"{body_bytes - position} bytes belong to no tensor")
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        raise CheckpointCorrupt(f"{where} is not a safetensors file: {type(error).__name__}: {error}") from None
+    return spans
 
 
 def decode_tensors(data: memoryview, where: str) -> dict[str, HostTensor]:
     """The tensors of a safetensors file, as views into ``data``.
 
     Raises:
-        CheckpointCorrupt: the header is too long, does not parse, or its offsets do not tile the data exactly.
+        CheckpointCorrupt: see ``header_bytes`` and ``parse_header``.
     """
-    length = int.from_bytes(data[:8], "little")
-    if data.nbytes < 8 or length > min(MAX_HEADER_BYTES, data.nbytes - 8):
-        raise CheckpointCorrupt(f"{where}: its header claims {length} bytes of a file of {data.nbytes}")
-    body = data[8 + length :]
-    try:
-        header = json.loads(bytes(data[8 : 8 + length]))
-        header.pop(METADATA, None)
-        spans = sorted((*map(int, e["data_offsets"]), name) for name, e in header.items())
-        tensors, position = {}, 0
-        for begin, end, name in spans:
-            dtype, shape = header[name]["dtype"], tuple(int(n) for n in header[name]["shape"])
-            if len(shape) > MAX_DIMENSIONS or not all(0 <= n < 1 << 63 for n in shape):
-                raise ValueError(f"tensor {name!r} has no possible shape")
-            if not begin == position <= end or end - begin != DTYPE_BYTES[dtype] * math.prod(shape):
-                raise ValueError(f"tensor {name!r} does not fit its place")
-            tensors[name] = HostTensor(dtype, shape, body[begin:end])
-            position = end
-        if position != body.nbytes:
-            raise ValueError(f"{body.nbytes - position} bytes belong to no tensor")
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-        raise CheckpointCorrupt(f"{where} is not a safetensors file: {type(error).__name__}: {error}") from None
+    length = header_bytes(bytes(data[:8]), data.nbytes, where)
+    tensors, position = {}, 8 + length
+    for span in parse_header(bytes(data[8:position]), data.nbytes - position, where):
+        end = position + tensor_bytes(span.dtype, span.shape)
+        tensors[span.name] = HostTensor(span.dtype, span.shape, data[position:end])
+        position = end
     return tensors
 
 

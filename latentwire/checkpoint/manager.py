@@ -21,18 +21,31 @@ from typing import Any, Literal
 
 import stamina
 
-from latentwire.checkpoint import layout, reader, writer
-from latentwire.checkpoint.layout import Manifest, Snapshot, step_name
-from latentwire.checkpoint.reader import Loaded
+from latentwire.checkpoint import layout, reader, shares, writer
+from latentwire.checkpoint.layout import FileRecord, Manifest, Snapshot, TensorFile, step_name
+from latentwire.checkpoint.reader import Loaded, Place
 from latentwire.checkpoint.retention import Kept, to_delete
-from latentwire.errors import CheckpointCorrupt, CheckpointError, CheckpointUnsafe, NoSpace, NoUsableCheckpoint
+from latentwire.checkpoint.unchanged import Unchanged
+from latentwire.checkpoint.writer import Writer
+from latentwire.errors import (
+    CheckpointCorrupt,
+    CheckpointError,
+    CheckpointTorn,
+    CheckpointUnsafe,
+    NoSpace,
+    NoUsableCheckpoint,
+)
 from latentwire.run.atomic import fsync_directory, json_safe, read_json, write_json
 
-_SAVING = re.compile(re.escape(layout.SAVING_PREFIX) + r"(\d+)-\d+")
+_SAVING = re.compile(re.escape(layout.SAVING_PREFIX) + r"(\d+)-.*")
+_MARGIN_S = 2.0
+"""Left over of a grace for closing files and the exit."""
 
 
 class CheckpointManager:
-    """The checkpoints of one run, as seen by one attempt. Used on rank 0, from one thread.
+    """The checkpoints of one run, as seen by one attempt on one rank. Used from one thread.
+
+    Every rank saves at the same steps and writes its share of the files; only rank 0 commits, recovers and deletes.
 
     Args:
         folder: ``runs/<run>/checkpoints``; made if missing.
@@ -41,8 +54,11 @@ class CheckpointManager:
         identity: what the checkpoints belong to; compared on restore by the caller.
         fence: raises ``Fenced`` once the attempt is superseded.
         event: called as ``event(name, **fields)`` from the saving thread too.
+        rank, world_size: which part is this one's to write.
         keep, best_metric, best_mode: retention.
         shard_bytes, threads: how it is written.
+        max_unchanged: so many saves in a row with the same ``watched`` group raise an alarm.
+        watched: the group of tensors that training is to change.
     """
 
     def __init__(
@@ -54,11 +70,15 @@ class CheckpointManager:
         identity: Mapping[str, Any],
         fence: Callable[[], None],
         event: Callable[..., Any],
+        rank: int = 0,
+        world_size: int = 1,
         keep: int = 3,
         best_metric: str | None = None,
         best_mode: Literal["min", "max"] = "min",
-        shard_bytes: int = 2 << 30,
-        threads: int = 4,
+        shard_bytes: int = 512 << 20,
+        threads: int = 8,
+        max_unchanged: int = 3,
+        watched: str = "model",
     ) -> None:
         self.folder = folder
         self.identity = dict(identity)
@@ -69,11 +89,17 @@ class CheckpointManager:
         self._keep = keep
         self._best_metric = best_metric
         self._best_mode: Literal["min", "max"] = best_mode
-        self._shard_bytes = shard_bytes
+        self._rank = rank
+        self._world_size = world_size
         self._threads = threads
+        self._writer = Writer(threads, shard_bytes)
+        self._unchanged = Unchanged(watched, max_unchanged)
+        self._num_saves = 0
+        self._leave_by: float | None = None
+        self._read_back_s = 0.0
         self._saver = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-save")
         self._in_flight: Future[None] | None = None
-        self.failure: OSError | None = None
+        self.failure: OSError | CheckpointTorn | None = None
         """Why the last save failed, None if it did not."""
         self.committed_step: int | None = None
         """The step of the newest checkpoint that this attempt committed or restored."""
@@ -88,17 +114,32 @@ class CheckpointManager:
         return self._in_flight is not None and not self._in_flight.done()
 
     def save(self, snapshot: Snapshot) -> None:
-        """Begin to write a snapshot in the background; first waits for the save before it, if any.
+        """Begin to write a snapshot in the background; first waits for the save before it, if any. Every rank.
 
-        The snapshot's buffers must not change until ``busy`` is False. A disk error is kept in ``failure`` and told by
+        The snapshot's bytes must not change until ``busy`` is False. A disk error is kept in ``failure`` and told by
         an event; the next save is the retry.
 
         Raises:
             Fenced, CheckpointError: what the save before this one ran into, other than a disk error.
         """
         self.wait()
-        self._event("save_started", step=snapshot.step, bytes=snapshot.num_bytes)
-        self._in_flight = self._saver.submit(self._save, snapshot)
+        self._num_saves += 1
+        hidden = self.folder / f"{layout.SAVING_PREFIX}{self._token:04d}-{snapshot.step:08d}-{self._num_saves:04d}"
+        if self._rank == 0:
+            self._event("save_started", step=snapshot.step, bytes=snapshot.num_bytes)
+        self._in_flight = self._saver.submit(self._save if self._rank == 0 else self._save_share, snapshot, hidden)
+
+    def share_of(self, snapshot: Snapshot) -> list[tuple[str, str]]:
+        """(group, name) of the tensors that this rank writes."""
+        files = self._writer.plan(snapshot, self._world_size)
+        return [(file.group, name) for file in files if file.rank == self._rank for name in file.tensors]
+
+    def leave_by(self, monotonic_s: float) -> None:
+        """From now on nothing is read back that would not be done by then; the next attempt makes it good.
+
+        Called when a notice has come, also while a save is under way.
+        """
+        self._leave_by = monotonic_s
 
     def wait(self) -> None:
         """Block until no save is under way.
@@ -114,6 +155,11 @@ class CheckpointManager:
         """Surface what a finished save ran into, without waiting. Called at every step."""
         if self._in_flight is not None and self._in_flight.done():
             self.wait()
+
+    @property
+    def is_writer(self) -> bool:
+        """Rank 0: it commits what all ranks wrote."""
+        return self._rank == 0
 
     def take_last_save_s(self) -> float | None:
         """Seconds from the start of the last save to its commit; None where it made none, or was asked for before."""
@@ -151,27 +197,30 @@ class CheckpointManager:
                 "free some space, or put the runs folder on another file system"
             )
 
-    def _save(self, snapshot: Snapshot) -> None:
+    def _save(self, snapshot: Snapshot, hidden: Path) -> None:
         started = time.monotonic()
-        hidden = self.folder / f"{layout.SAVING_PREFIX}{self._token:04d}-{snapshot.step:08d}"
         final = self.folder / step_name(snapshot.step)
         before = self.committed_step
         try:
             self._fence()
             self.folder.mkdir(exist_ok=True)  # somebody may have removed it
-            shutil.rmtree(hidden, ignore_errors=True)
             self._write_and_commit(snapshot, hidden, final)
             seconds = time.monotonic() - started
             self._last_save_s = seconds
             self.committed_step = snapshot.step
             self._event("save_committed", step=snapshot.step, path=final.name, seconds=round(seconds, 4))
-            self._read_back(final)
+            verified = self._read_back(final, seconds)
             self.failure = None
+        except CheckpointTorn as error:
+            shutil.rmtree(hidden, ignore_errors=True)
+            self.failure = error
+            self._event("save_torn", step=snapshot.step, error=str(error))
         except OSError as error:
             shutil.rmtree(hidden, ignore_errors=True)
             if not final.exists():
                 self.committed_step = before
             self.failure = error
+            self._writer.forget()
             self._event(
                 "save_failed", step=snapshot.step, error=str(error), errno=errno.errorcode.get(error.errno or 0)
             )
@@ -179,23 +228,27 @@ class CheckpointManager:
             shutil.rmtree(hidden, ignore_errors=True)
             raise
         else:
-            self._prune()
+            if verified:
+                self._prune()
+
+    def _save_share(self, snapshot: Snapshot, hidden: Path) -> None:
+        """The part of a rank other than 0. What the disk refuses is told to rank 0, which has the say."""
+        try:
+            hidden.mkdir(parents=True, exist_ok=True)
+            mine = [file for file in self._writer.plan(snapshot, self._world_size) if file.rank == self._rank]
+            snapshot.settle()
+            shares.tell_written(hidden, self._rank, self._writer.write(hidden, snapshot, mine))
+            self.committed_step = snapshot.step
+        except (OSError, CheckpointTorn) as error:
+            self._writer.forget()
+            self._event("share_failed", step=snapshot.step, error=str(error))
+            if hidden.exists():
+                shares.tell_failed(hidden, self._rank, error)
 
     def _write_and_commit(self, snapshot: Snapshot, hidden: Path, final: Path) -> None:
-        def describe(files: Mapping[str, Any], groups: Mapping[str, tuple[str, ...]]) -> Manifest:
-            return Manifest(
-                step=snapshot.step,
-                attempt=self._token,
-                created=time.time(),
-                version=self._version,
-                identity=self.identity,
-                metrics=dict(snapshot.metrics),
-                groups=groups,
-                files=files,
-            )
-
         try:
-            writer.write_files(hidden, snapshot, describe, self._shard_bytes, self._threads)
+            hidden.mkdir(exist_ok=True)  # another rank may have been faster
+            self._write(snapshot, hidden)
         except FileNotFoundError as error:  # a newer attempt swept our folder away
             self._fence()
             raise error
@@ -210,6 +263,31 @@ class CheckpointManager:
             raise error
         fsync_directory(self.folder)
 
+    def _write(self, snapshot: Snapshot, hidden: Path) -> None:
+        plan = self._writer.plan(snapshot, self._world_size)
+        snapshot.settle()
+        files = self._writer.write(hidden, snapshot, [file for file in plan if file.rank == 0])
+        files |= shares.collect(hidden, range(1, self._world_size), self._fence)
+        files[layout.STATE] = writer.write_state(hidden, snapshot)
+        manifest = self._manifest(snapshot, plan, files)
+        writer.seal(hidden, manifest)
+        alarm = self._unchanged.seen(manifest)
+        if alarm is not None:
+            self._event("weights_unchanged", step=snapshot.step, **alarm)
+
+    def _manifest(self, snapshot: Snapshot, plan: list[TensorFile], files: Mapping[str, FileRecord]) -> Manifest:
+        groups = {group: tuple(f.name for f in plan if f.group == group) for group in sorted(snapshot.tensors)}
+        return Manifest(
+            step=snapshot.step,
+            attempt=self._token,
+            created=time.time(),
+            version=self._version,
+            identity=self.identity,
+            metrics=dict(snapshot.metrics),
+            groups=groups,
+            files=files,
+        )
+
     def _replaceable(self, final: Path) -> bool:
         """Whether the checkpoint that already has this name is bad; then it is moved away."""
         try:
@@ -219,14 +297,24 @@ class CheckpointManager:
             return True
         return False
 
-    def _read_back(self, path: Path) -> None:
+    def _read_back(self, path: Path, save_s: float) -> bool:
+        """Verify what was just committed; False if a notice leaves no time for it."""
         started = time.monotonic()
+        expected_end = started + (self._read_back_s or save_s)
         try:
-            reader.verify(path, self._threads)
+            reader.verify(
+                path, self._threads, lambda: self._leave_by is None or expected_end < self._leave_by - _MARGIN_S
+            )
+        except reader.Interrupted:
+            self._event("read_back_skipped", step=layout.parse_step_name(path.name), path=path.name)
+            return False
         except CheckpointCorrupt as error:
             self.quarantine(path, str(error))
             raise OSError(errno.EIO, f"the disk gave back other bytes than were written: {error}", str(path)) from error
-        self.mark_verified(path, seconds=time.monotonic() - started)
+        self._read_back_s = time.monotonic() - started
+        self._writer.verified(path)
+        self.mark_verified(path, seconds=self._read_back_s)
+        return True
 
     def mark_verified(self, path: Path, seconds: float) -> None:
         """Record that the checkpoint was read back whole."""
@@ -305,7 +393,10 @@ class CheckpointManager:
         return [self.folder / n for n in sorted(names, key=lambda n: layout.parse_step_name(n) or 0)]
 
     def restore(
-        self, skip: Collection[str] = (), attempting: Callable[[str], None] = lambda name: None
+        self,
+        skip: Collection[str] = (),
+        attempting: Callable[[str], None] = lambda name: None,
+        place: Place = reader.in_host_memory,
     ) -> Loaded | None:
         """Load the newest checkpoint that is whole; None where the run has never committed one. Blocks.
 
@@ -314,6 +405,7 @@ class CheckpointManager:
         Args:
             skip: names of checkpoints that earlier attempts died of: taken only where no other can be used.
             attempting: called with the name before each is read.
+            place: where the tensors are to be; half overwritten where this raises.
 
         Raises:
             NoUsableCheckpoint: there are checkpoints and none can be used. Never starts over in silence.
@@ -326,7 +418,7 @@ class CheckpointManager:
         rest = [path for path in candidates if path not in skipped]
         for path in [*reversed(rest), *reversed(skipped)]:  # the suspicious ones only where nothing else is left
             attempting(path.name)
-            loaded = self._load(path)
+            loaded = self._load(path, place)
             if loaded is not None:
                 self.committed_step = loaded.manifest.step
                 return loaded
@@ -339,12 +431,12 @@ class CheckpointManager:
             )
         return None
 
-    def _load(self, path: Path) -> Loaded | None:
+    def _load(self, path: Path, place: Place) -> Loaded | None:
         started = time.monotonic()
         try:
             for retry in stamina.retry_context(on=OSError, attempts=3, wait_initial=0.2, wait_max=2.0):
                 with retry:
-                    loaded = reader.load(path, self._threads)
+                    loaded = reader.load(path, self._threads, place)
         except (CheckpointCorrupt, CheckpointUnsafe) as error:
             self.quarantine(path, str(error))
             return None

@@ -4,30 +4,43 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from latentwire.checkpoint import layout
-from latentwire.checkpoint.layout import FileRecord, HostTensor, Manifest
+from latentwire.checkpoint.layout import Destination, FileRecord, HostTensor, Manifest, Span
 from latentwire.errors import CheckpointCorrupt, CheckpointUnsafe
 from latentwire.run.atomic import read_json
 
-_CHUNK_BYTES = 16 << 20
+_CHUNK_BYTES = 8 << 20
+
+Place = Callable[[str, Span], Destination]
+"""Where a group's tensor is to be read to. It may be asked twice for one, and for such as the caller does not know."""
+
+
+class Interrupted(Exception):
+    """There was no time to read to the end."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A checkpoint in memory. ``tensors`` are views into buffers that live as long as they do."""
+    """A checkpoint in memory: every tensor is where ``place`` said, by default a ``HostTensor`` of its own."""
 
     path: Path
     manifest: Manifest
-    tensors: Mapping[str, Mapping[str, HostTensor]]
+    tensors: Mapping[str, Mapping[str, Any]]
     values: Mapping[str, Any]
+
+
+def in_host_memory(group: str, span: Span) -> HostTensor:
+    """The ``Place`` of those who just want to look."""
+    return HostTensor.empty(span.dtype, span.shape)
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -50,45 +63,73 @@ def read_manifest(path: Path) -> Manifest:
     return manifest
 
 
-def verify(path: Path, threads: int = 4) -> Manifest:
+def verify(path: Path, threads: int = 4, in_time: Callable[[], bool] = lambda: True) -> Manifest:
     """Read every byte back and compare with the digests. Blocks for a whole read; memory stays small.
+
+    Args:
+        path: the checkpoint.
+        threads: files read side by side.
+        in_time: asked every few megabytes.
 
     Raises:
         CheckpointCorrupt, CheckpointUnsafe, CheckpointTooNew: what is wrong, in which file.
+        Interrupted: it was not in time.
         OSError: the disk refused.
     """
     manifest = read_manifest(path)
     with ThreadPoolExecutor(threads, thread_name_prefix="checkpoint-verify") as pool:
-        list(pool.map(lambda name: _hash_file(path / name, manifest.files[name]), manifest.files))
+        for _ in pool.map(
+            lambda name: _hash_file(path / name, manifest.files[name], in_time), _largest_first(manifest)
+        ):
+            pass
     return manifest
 
 
-def load(path: Path, threads: int = 4) -> Loaded:
-    """Read a checkpoint into memory; what is returned is exactly what was hashed.
+def load(path: Path, threads: int = 4, place: Place = in_host_memory) -> Loaded:
+    """Read a checkpoint straight to where its tensors belong; every byte is hashed on its way. Blocks.
+
+    Where this raises, what ``place`` gave may be half overwritten.
 
     Raises:
         CheckpointCorrupt, CheckpointUnsafe, CheckpointTooNew: what is wrong, in which file.
         OSError: the disk refused.
     """
     manifest = read_manifest(path)
+    group_of = {name: group for group, names in manifest.groups.items() for name in names}
+    tensors: dict[str, dict[str, Any]] = {group: {} for group in manifest.groups}
+
+    def read(name: str) -> None:
+        if name in group_of:
+            group = group_of[name]
+            tensors[group] |= _read_tensors(path / name, manifest.files[name], lambda span: place(group, span))
+        elif name != layout.STATE:
+            _hash_file(path / name, manifest.files[name])
+
     with ThreadPoolExecutor(threads, thread_name_prefix="checkpoint-load") as pool:
-        contents = dict(
-            zip(
-                manifest.files,
-                pool.map(lambda name: _read_file(path / name, manifest.files[name]), manifest.files),
-                strict=True,
-            )
-        )
-    tensors: dict[str, dict[str, HostTensor]] = {}
-    for group, names in manifest.groups.items():
-        tensors[group] = {}
-        for name in names:
-            tensors[group] |= layout.decode_tensors(contents[name], str(path / name))
+        list(pool.map(read, _largest_first(manifest)))
+    return Loaded(path, manifest, tensors, read_values(path, manifest))
+
+
+def read_values(path: Path, manifest: Manifest) -> dict[str, Any]:
+    """What the checkpoint holds besides tensors.
+
+    Raises:
+        CheckpointCorrupt, CheckpointUnsafe: state.json is not as it was committed.
+        OSError: the disk refused.
+    """
+    text = _read_small(path / layout.STATE)
+    _compare(path / layout.STATE, hashlib.sha256(text).hexdigest(), manifest.files[layout.STATE])
     try:
-        values = json.loads(bytes(contents[layout.STATE]))
+        values = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointCorrupt(f"{path / layout.STATE} is not JSON: {error}") from None
-    return Loaded(path, manifest, tensors, values)
+    if not isinstance(values, dict):
+        raise CheckpointCorrupt(f"{path / layout.STATE} holds no names")
+    return values
+
+
+def _largest_first(manifest: Manifest) -> list[str]:
+    return sorted(manifest.files, key=lambda name: -manifest.files[name].num_bytes)
 
 
 def read_metrics(path: Path) -> dict[str, float]:
@@ -111,29 +152,42 @@ def is_verified(path: Path) -> bool:
     return (path / layout.VERIFIED).is_file()
 
 
-def _hash_file(path: Path, expected: FileRecord) -> None:
+def _hash_file(path: Path, expected: FileRecord, in_time: Callable[[], bool] = lambda: True) -> None:
     digest = hashlib.sha256()
-    descriptor = _open(path, expected.num_bytes)
-    with open(descriptor, "rb", buffering=0) as file:
+    with open(_open(path, expected.num_bytes), "rb", buffering=0) as file:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
+            if not in_time():
+                raise Interrupted(path)
     _compare(path, digest.hexdigest(), expected)
 
 
-def _read_file(path: Path, expected: FileRecord) -> memoryview:
-    descriptor = _open(path, expected.num_bytes)
-    view = memoryview(bytearray(expected.num_bytes))
+def _read_tensors(path: Path, expected: FileRecord, place: Callable[[Span], Destination]) -> dict[str, Destination]:
+    """The tensors of a file. Its header is used before the digest is known, so that it may be a hostile one."""
     digest = hashlib.sha256()
-    position = 0
-    with open(descriptor, "rb", buffering=0) as file:
-        while position < view.nbytes:
-            count = file.readinto(view[position : position + _CHUNK_BYTES])
-            if not count:
-                raise CheckpointCorrupt(f"{path} ends after {position} of {view.nbytes} bytes")
-            digest.update(view[position : position + count])
-            position += count
+    tensors = {}
+    with open(_open(path, expected.num_bytes), "rb", buffering=0) as file:
+        first = bytearray(min(8, expected.num_bytes))
+        _read_into(file, path, memoryview(first), digest)
+        header = bytearray(layout.header_bytes(bytes(first), expected.num_bytes, str(path)))
+        _read_into(file, path, memoryview(header), digest)
+        body_bytes = expected.num_bytes - 8 - len(header)
+        for span in layout.parse_header(bytes(header), body_bytes, str(path)):
+            tensors[span.name] = place(span)
+            for view in tensors[span.name].fill():
+                _read_into(file, path, view, digest)
     _compare(path, digest.hexdigest(), expected)
-    return view
+    return tensors
+
+
+def _read_into(file: io.FileIO, path: Path, view: memoryview, digest: Any) -> None:
+    position = 0
+    while position < view.nbytes:
+        count = file.readinto(view[position : position + _CHUNK_BYTES])
+        if not count:
+            raise CheckpointCorrupt(f"{path} became shorter while it was read")
+        digest.update(view[position : position + count])
+        position += count
 
 
 def _compare(path: Path, digest: str, expected: FileRecord) -> None:

@@ -7,78 +7,137 @@ the rename leaves a hidden folder that no reader looks at; a crash after it leav
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from latentwire.checkpoint import layout
-from latentwire.checkpoint.layout import FileRecord, Manifest, Snapshot
+from latentwire.checkpoint.layout import FileRecord, Manifest, Snapshot, TensorFile
 from latentwire.errors import CheckpointError
 from latentwire.run.atomic import fsync_directory, json_safe
 
-_CHUNK_BYTES = 16 << 20
+_CHUNK_BYTES = 8 << 20
+"""Hashed and written in one go: small enough to come from the cache the second time."""
+_FLUSH_BYTES = 64 << 20
+"""The disk is set to work after so many bytes of a file; left alone the kernel would gather gigabytes first."""
+_HEAD_BYTES = 1 << 20
+"""Of a file, to tell without reading it whole that it has changed since the last save."""
+
+Pieces = Iterable[bytes | memoryview]
 
 
-def write_files(
-    folder: Path, snapshot: Snapshot, describe: Callable[..., Manifest], shard_bytes: int, threads: int
-) -> Manifest:
-    """Write all files of a checkpoint into a new folder, durably; not yet visible to readers.
+@dataclasses.dataclass(frozen=True)
+class _Written:
+    """What linking must know of a file: where it is, what is in it, and a digest of its first bytes."""
+
+    path: Path
+    record: FileRecord
+    head: bytes
+
+
+class Writer:
+    """Writes checkpoints' files; remembers the last verified one's, so that an equal file is linked and not written.
 
     Args:
-        folder: the hidden folder; must not exist.
-        snapshot: what to write; hashed from these very bytes.
-        describe: makes the manifest from ``files`` and ``groups``.
-        shard_bytes: size at which a group is divided into files.
         threads: files written side by side.
-
-    Raises:
-        CheckpointError: a group's name cannot name a file.
-        OSError: the disk refused; the caller removes the folder.
+        shard_bytes: size at which a group is divided into files.
     """
-    groups: dict[str, tuple[str, ...]] = {}
-    pieces: dict[str, Iterable[bytes | memoryview]] = {}
-    for group, tensors in sorted(snapshot.tensors.items()):
-        shards = layout.split_into_files(group, tensors, shard_bytes)
-        if not all(map(layout.is_plain_name, shards)):
-            raise CheckpointError(
-                f"the state {group!r} cannot name a file of its own: use letters, digits, '_', '-' and '.', beginning "
-                "with a letter, digit or '_'"
-            )
-        groups[group] = tuple(shards)
-        pieces |= {name: layout.encode_tensors(shard) for name, shard in shards.items()}
+
+    def __init__(self, threads: int, shard_bytes: int) -> None:
+        self._threads = threads
+        self._shard_bytes = shard_bytes
+        self._written: dict[str, _Written] = {}
+        self._linkable: dict[str, _Written] = {}
+
+    def plan(self, snapshot: Snapshot, world_size: int) -> list[TensorFile]:
+        """The snapshot's files.
+
+        Raises:
+            CheckpointError: a group's name cannot name a file.
+        """
+        files = layout.plan_files(snapshot, self._shard_bytes, world_size)
+        for file in files:
+            if not layout.is_plain_name(file.name):
+                raise CheckpointError(
+                    f"the state {file.group!r} cannot name a file of its own: use letters, digits, '_', '-' and '.', "
+                    "beginning with a letter, digit or '_'"
+                )
+        return files
+
+    def write(self, folder: Path, snapshot: Snapshot, files: Iterable[TensorFile]) -> dict[str, FileRecord]:
+        """Write these files of the snapshot into the folder, durably but for their names. Blocks.
+
+        Raises:
+            OSError: the disk refused.
+        """
+        # The largest first: begun last, it alone would keep everybody waiting.
+        ordered = sorted(files, key=lambda file: -file.num_bytes)
+        self._written = {}
+        with ThreadPoolExecutor(self._threads, thread_name_prefix="checkpoint-write") as pool:
+            records = list(pool.map(lambda file: self._write_or_link(folder, snapshot, file), ordered))
+        return {file.name: record for file, record in zip(ordered, records, strict=True)}
+
+    def verified(self, folder: Path) -> None:
+        """The files of the last ``write`` are in this folder now and were read back: the next may be linked to them."""
+        self._linkable = {n: dataclasses.replace(written, path=folder / n) for n, written in self._written.items()}
+
+    def forget(self) -> None:
+        """The disk is not to be trusted: write everything anew."""
+        self._linkable = {}
+
+    def _write_or_link(self, folder: Path, snapshot: Snapshot, file: TensorFile) -> FileRecord:
+        def pieces() -> Iterator[bytes | memoryview]:
+            tensors = snapshot.tensors[file.group]
+            return layout.encode_tensors({name: tensors[name] for name in file.tensors})
+
+        path = folder / file.name
+        head = _head(pieces())
+        old = self._linkable.get(file.name)
+        record = None
+        if old is not None and old.head == head and _hash(pieces()) == old.record:
+            record = _link(old, path)
+        if record is None:
+            record = write_file(path, pieces())
+        self._written[file.name] = _Written(path, record, head)
+        return record
+
+
+def write_state(folder: Path, snapshot: Snapshot) -> FileRecord:
+    """Write state.json."""
     state = json.dumps(json_safe(snapshot.values), indent=1, sort_keys=True, allow_nan=False) + "\n"
-    pieces[layout.STATE] = [state.encode()]
-    folder.mkdir()
-    with ThreadPoolExecutor(min(threads, len(pieces)), thread_name_prefix="checkpoint-write") as pool:
-        records = list(pool.map(lambda name: write_file(folder / name, pieces[name]), pieces))
-    manifest = describe(files=dict(zip(pieces, records, strict=True)), groups=groups)
+    return write_file(folder / layout.STATE, [state.encode()])
+
+
+def seal(folder: Path, manifest: Manifest) -> None:
+    """Write what names the files, and make the folder's names durable. All files are there and fsynced."""
     listing = dict(manifest.files)
     listing[layout.MANIFEST] = write_file(folder / layout.MANIFEST, [manifest.to_json().encode()])
     write_file(folder / layout.SUMS, [layout.format_sums(listing).encode()])
     fsync_directory(folder)
-    return manifest
 
 
-def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> FileRecord:
+def write_file(path: Path, pieces: Pieces) -> FileRecord:
     """Write and fsync one new file; the digest is of the bytes as they go to the disk.
 
     Raises:
         OSError: the disk refused, or the file exists.
     """
     digest = hashlib.sha256()
-    num_bytes = 0
+    num_bytes = num_flushed = 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
-        for piece in pieces:
-            view = memoryview(piece).cast("B")
-            for start in range(0, view.nbytes, _CHUNK_BYTES):
-                chunk = view[start : start + _CHUNK_BYTES]
-                digest.update(chunk)
-                _write_all(descriptor, chunk)
-            num_bytes += view.nbytes
+        for chunk in _chunks(pieces):
+            digest.update(chunk)
+            _write_all(descriptor, chunk)
+            num_bytes += chunk.nbytes
+            if num_bytes - num_flushed >= _FLUSH_BYTES:
+                # begins to write the dirty pages and drops those of before: the disk is never idle, memory stays free
+                os.posix_fadvise(descriptor, max(0, num_flushed - _FLUSH_BYTES), 0, os.POSIX_FADV_DONTNEED)
+                num_flushed = num_bytes
         os.fsync(descriptor)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # the read-back is to meet the disk, not our memory
     finally:
@@ -86,6 +145,42 @@ def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> FileRecord:
     return FileRecord(num_bytes, digest.hexdigest())
 
 
+def _chunks(pieces: Pieces) -> Iterator[memoryview]:
+    for piece in pieces:
+        view = memoryview(piece).cast("B")
+        for start in range(0, view.nbytes, _CHUNK_BYTES):
+            yield view[start : start + _CHUNK_BYTES]
+
+
 def _write_all(descriptor: int, chunk: memoryview) -> None:
     while chunk.nbytes:
         chunk = chunk[os.write(descriptor, chunk) :]
+
+
+def _head(pieces: Pieces) -> bytes:
+    digest = hashlib.sha256()
+    left = _HEAD_BYTES
+    for chunk in _chunks(pieces):
+        digest.update(chunk[:left])
+        left -= chunk.nbytes
+        if left <= 0:
+            break
+    return digest.digest()
+
+
+def _hash(pieces: Pieces) -> FileRecord:
+    digest = hashlib.sha256()
+    num_bytes = 0
+    for chunk in _chunks(pieces):
+        digest.update(chunk)
+        num_bytes += chunk.nbytes
+    return FileRecord(num_bytes, digest.hexdigest())
+
+
+def _link(old: _Written, path: Path) -> FileRecord | None:
+    """Give the file its second name; None where the file system has no hard links, or the old one is gone."""
+    try:
+        os.link(old.path, path)
+    except OSError:
+        return None
+    return old.record

@@ -139,6 +139,8 @@ def _pace(paths: Iterable[Path], key: str, event: str | None = None) -> Pace:
 
 def _between_saves(measured: Measured, section: CheckpointSection) -> tuple[str, str]:
     """What is lost at most where only the periodic saves count, and what would make it less; in words."""
+    if section.interval_s == "auto":
+        return "the work since the last save", "set checkpoint.interval_s to seconds instead of auto"
     every = {"interval_s": section.interval_s, "interval_steps": (section.interval_steps or 0) * measured.step_s}
     seconds, key = min(((s, key) for key, s in every.items() if s), default=(None, ""))
     if seconds is None:

@@ -42,6 +42,27 @@ class Move:
     reason: str
 
 
+@dataclasses.dataclass(frozen=True)
+class History:
+    """How a run went so far.
+
+    Attributes:
+        seconds: wall-clock seconds of its attempts.
+        num_preemptions: how many of these were ended by a notice, or without a word.
+    """
+
+    seconds: float
+    num_preemptions: int
+
+    @classmethod
+    def before(cls, run: Run, attempt: Attempt) -> History:
+        """Of all attempts before this one."""
+        earlier = [a for a in run.attempts() if a.number < attempt.number]
+        times = [[float(e["time"]) for e in a.events() if "time" in e] for a in earlier]
+        ended_by_force = [a for a in earlier if verdict_of(a).outcome in ("preempted", "lost")]
+        return cls(sum(max(t) - min(t) for t in times if t), len(ended_by_force))
+
+
 def verdict_of(attempt: Attempt) -> Verdict:
     """The agent's last word, or ``lost``. Ask only for attempts that are not running."""
     record = attempt.ended()

@@ -9,7 +9,7 @@ from latentwire import __version__
 from latentwire.checkpoint import reader
 from latentwire.checkpoint.layout import step_name
 from latentwire.checkpoint.manager import CheckpointManager
-from latentwire.checkpoint.reader import Loaded
+from latentwire.checkpoint.reader import Loaded, Place
 from latentwire.config import Config
 from latentwire.errors import CheckpointMismatch, NoUsableCheckpoint
 from latentwire.run.budget import committed_step
@@ -19,7 +19,12 @@ from latentwire.tree import differences
 
 
 def make_manager(
-    run: Run, attempt: Attempt, config: Config, frozen_digests: Mapping[str, str], event: Callable[..., Any]
+    run: Run,
+    attempt: Attempt,
+    config: Config,
+    ranks: Ranks,
+    frozen_digests: Mapping[str, str],
+    event: Callable[..., Any],
 ) -> CheckpointManager:
     """The attempt's manager, as the config's ``checkpoint`` section says. Touches the disk only to make its folder."""
     section = config.checkpoint
@@ -30,15 +35,18 @@ def make_manager(
         identity={"config": config.digest(), "frozen": dict(frozen_digests)},
         fence=attempt.assert_newest,
         event=event,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
         keep=section.keep,
         best_metric=section.best_metric,
         best_mode=section.best_mode,
         shard_bytes=section.shard_mb << 20,
         threads=section.threads,
+        max_unchanged=section.max_unchanged,
     )
 
 
-def load_newest(manager: CheckpointManager, run: Run, attempt: Attempt, ranks: Ranks) -> Loaded | None:
+def load_newest(manager: CheckpointManager, run: Run, attempt: Attempt, ranks: Ranks, place: Place) -> Loaded | None:
     """The checkpoint to go on from, the same on every rank; None for a run that never committed. Collective; blocks.
 
     Raises:
@@ -48,11 +56,11 @@ def load_newest(manager: CheckpointManager, run: Run, attempt: Attempt, ranks: R
     """
     loaded = None
     if ranks.rank == 0:
-        loaded = manager.restore(run.deadly_checkpoints(), attempt.mark_restoring)
+        loaded = manager.restore(run.deadly_checkpoints(), attempt.mark_restoring, place)
         _refuse_to_begin_again(manager, run, loaded)
     step = int(ranks.highest([-1.0 if loaded is None else float(loaded.manifest.step)])[0])
     if loaded is None and step >= 0:
-        loaded = reader.load(run.checkpoints / step_name(step))
+        loaded = reader.load(run.checkpoints / step_name(step), place=place)
     if loaded is not None:
         _check_identity(manager, loaded)
     return loaded

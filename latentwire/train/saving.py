@@ -6,26 +6,37 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import psutil
+
+from latentwire.checkpoint import interval
+from latentwire.checkpoint.layout import Snapshot
 from latentwire.checkpoint.manager import CheckpointManager
 from latentwire.config import CheckpointSection
+from latentwire.errors import CheckpointTorn
 from latentwire.preemption.deadline import Pace
+from latentwire.run.budget import History
 from latentwire.train import randomness
+from latentwire.train.ranks import Ranks
+from latentwire.train.staging import Staging
 from latentwire.train.state import TrainingState
 
 REASONS = ("", "interval", "steps", "best", "asked", "last", "notice")
 """Why a checkpoint is made; an index is what ranks agree on."""
 
 _RETRY_FAILED_S = 30.0
+_TRAINING_WAITS = ("last", "notice")
+"""Nothing is gained by a copy here: the state is written from where it is."""
 
 
 class Saving:
-    """The saves of one attempt. Every rank has one and decides alike; only the writer's reach the disk.
+    """The saves of one attempt. Every rank has one, decides alike and writes its share.
 
     Args:
         manager: writes and keeps the checkpoints.
         state: what is tracked.
         section: the config's.
-        is_writer: rank 0.
+        ranks: this one among all.
+        history: how the run went so far.
         event: writes to the rank's journal.
     """
 
@@ -34,7 +45,8 @@ class Saving:
         manager: CheckpointManager,
         state: TrainingState,
         section: CheckpointSection,
-        is_writer: bool,
+        ranks: Ranks,
+        history: History,
         event: Callable[..., None],
     ) -> None:
         self.manager = manager
@@ -42,12 +54,23 @@ class Saving:
         """Seconds that the writing of each save took, up to its commit."""
         self._state = state
         self._section = section
-        self._is_writer = is_writer
+        self._ranks = ranks
+        self._history = history
         self._event = event
         self._best_is_new = False
-        self._last_save = time.monotonic()
+        self._began = self._last_save = time.monotonic()
+        self._stalls = Pace()
+        self._interval_s = section.interval_s if section.interval_s != "auto" else interval.SHORTEST_S
         self._random: dict[str, Any] = {}
         self._versions: tuple[int, ...] = ()
+        limit_gb = section.host_memory_gb
+        self._staging = Staging(int(limit_gb * 1e9) if limit_gb else psutil.virtual_memory().available // 2)
+        for optimizer in state.optimizers():
+            optimizer.register_step_pre_hook(lambda *_: self._staging.before_update())
+
+    def reserve(self, num_bytes: int) -> None:
+        """Take memory for the first save's copy in the background."""
+        self._staging.reserve(num_bytes // self._ranks.world_size, self._state.is_on_gpu())
 
     def remember_boundary(self) -> None:
         """Keep what a save in the middle of the next step needs: the generators now, and a way to see changes."""
@@ -63,7 +86,7 @@ class Saving:
         self._best_is_new = True
 
     def reason(self, step: int, last: bool, asked: bool) -> int:
-        """Index in ``REASONS`` of why to save at this boundary; 0: do not."""
+        """Index in ``REASONS`` of why to save at this boundary; 0: do not. Rank 0's clock counts."""
         section = self._section
         best, self._best_is_new = self._best_is_new, False
         if last:
@@ -74,7 +97,7 @@ class Saving:
             return REASONS.index("best")
         if section.interval_steps and step and step % section.interval_steps == 0:
             return REASONS.index("steps")
-        return REASONS.index("interval") if self._interval_is_over() else 0
+        return REASONS.index("interval") if self._ranks.rank == 0 and self._interval_is_over() else 0
 
     def poll(self) -> None:
         """Take in what the last save came to, without waiting. Called at every boundary.
@@ -88,27 +111,50 @@ class Saving:
     def save(self, step: int, reason: str, values: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """Stage the last boundary and hand it to the background writer; blocks for the copy, and for a save before it.
 
+        Where training waits for the save anyhow, or memory is short, nothing is copied: the state is written from where
+        it is, and in the second case this blocks until it is. Every rank.
+
         Raises:
             Fenced, CheckpointError: what the save before this one ran into, other than a disk error.
         """
         self._last_save = time.monotonic()
-        if not self._is_writer:
-            return
         self.manager.wait()  # its buffers are about to be written again
         self._time_last_save()
-        snapshot = self._state.capture(step, self._random, values, metrics)
-        self.manager.save(snapshot)
-        self._event("save_staged", step=step, reason=reason, seconds=round(time.monotonic() - self._last_save, 4))
+        waited = time.monotonic() - self._last_save
+        live = self._state.snapshot(step, self._random, values, metrics)
+        staged = None if reason in _TRAINING_WAITS else self._stage(live)
+        self.manager.save(staged or live)
+        if staged is None and reason not in _TRAINING_WAITS:
+            self.manager.wait()
+        stall = time.monotonic() - self._last_save
+        if reason not in _TRAINING_WAITS:
+            self._stalls.add(stall)
+        how = {"reason": reason, "copied": staged is not None, "waited_s": round(waited, 4)}
+        self._event("save_staged", step=step, **how, seconds=round(stall, 4))
+
+    def _stage(self, live: Snapshot) -> Snapshot | None:
+        overlap = self._section.overlap and not isinstance(self.manager.failure, CheckpointTorn)
+        return self._staging.stage(live, self.manager.share_of(live), overlap)
 
     def _time_last_save(self) -> None:
         seconds = self.manager.take_last_save_s()
         if seconds is not None:
             self.pace.add(seconds)
+            if self._section.interval_s == "auto":
+                self._choose_interval()
+
+    def _choose_interval(self) -> None:
+        trained_s = self._history.seconds + time.monotonic() - self._began
+        stall_s = max(self._stalls.p95, 1e-3)
+        chosen = interval.choose(stall_s, self.pace.p95 * 2, trained_s, self._history.num_preemptions)
+        if self._interval_s is None or abs(chosen.seconds - self._interval_s) > 0.1 * self._interval_s:
+            self._event("interval_chosen", seconds=round(chosen.seconds, 1), reason=chosen.reason)
+            self._interval_s = chosen.seconds
 
     def _interval_is_over(self) -> bool:
-        interval = self._section.interval_s
+        seconds = self._interval_s
         if self.manager.failure is not None:
-            interval = min(interval or _RETRY_FAILED_S, _RETRY_FAILED_S)
-        if interval is None or self.manager.busy:
+            seconds = min(seconds or _RETRY_FAILED_S, _RETRY_FAILED_S)
+        if seconds is None or self.manager.busy:
             return False
-        return time.monotonic() - self._last_save >= interval
+        return time.monotonic() - self._last_save >= seconds

@@ -38,6 +38,7 @@ from latentwire.errors import (
 )
 from latentwire.preemption.deadline import Pace, deadline, step_fits
 from latentwire.preemption.handler import Preempted, PreemptionHandler
+from latentwire.run.budget import History
 from latentwire.run.directory import PREFIX, Attempt, Run, create_run
 from latentwire.run.journal import Journal
 from latentwire.target import SCRIPT
@@ -137,21 +138,27 @@ class Session:
         """
         assert self._saving is None, "restore() once, before the first step"
         started = time.monotonic()
-        manager = recovery.make_manager(self.run, self.attempt, self.config, self.frozen_digests, self.event)
+        manager = recovery.make_manager(
+            self.run, self.attempt, self.config, self.ranks, self.frozen_digests, self.event
+        )
         if self.ranks.rank == 0:
             manager.sweep()
         self.ranks.highest([0.0])  # no rank reads before rank 0 has cleaned up
         try:
-            loaded = recovery.load_newest(manager, self.run, self.attempt, self.ranks)
+            loaded = recovery.load_newest(manager, self.run, self.attempt, self.ranks, self._state.place())
             if loaded is not None:
                 self._take_over(loaded)
-            if self.ranks.rank == 0:  # a fresh optimizer has no state yet: AdamW will have twice the parameters
-                manager.check_space(self._state.num_bytes() * (3 if loaded is None else 1))
+            # a fresh optimizer has no state yet: AdamW will have twice the parameters
+            num_bytes = self._state.num_bytes() * (3 if loaded is None else 1)
+            if self.ranks.rank == 0:
+                manager.check_space(num_bytes)
         except LatentWireError:
             self.attempt.unmark_restoring()  # refused, and not died of
             raise
         self.attempt.unmark_restoring()
-        self._saving = Saving(manager, self._state, self.config.checkpoint, self.ranks.rank == 0, self.event)
+        history = History.before(self.run, self.attempt)
+        self._saving = Saving(manager, self._state, self.config.checkpoint, self.ranks, history, self.event)
+        self._saving.reserve(num_bytes)
         self._saving.remember_boundary()
         self.event("restored", step=self.step, seconds=round(time.monotonic() - started, 4))
         return self.step
@@ -241,7 +248,8 @@ class Session:
         manager = self.saving.manager
         for _ in range(_LAST_SAVE_TRIES):
             manager.wait()
-            if manager.failure is None:
+            (failed,) = self.ranks.highest([float(manager.failure is not None)])
+            if not failed:
                 break
             until = time.monotonic() + _LAST_SAVE_PAUSE_S
             while time.monotonic() < until:
@@ -353,11 +361,12 @@ class Session:
         if self.ranks.rank == 0:
             self._outlook.update(saving.pace)
         reason = saving.reason(self.step, last, self._handler.take_save_request())
-        flags = [float(self._handler.notice is not None), float(self._handler.leave_now), float(reason)]
-        noticed, leave_now, agreed = self.ranks.highest(flags)
+        is_saved = self.ranks.rank == 0 and saving.manager.committed_step == self.step
+        flags = [self._handler.notice is not None, self._handler.leave_now, reason, is_saved]
+        noticed, leave_now, agreed, saved = self.ranks.highest([float(flag) for flag in flags])
         if (noticed or leave_now) and not last:
             self._leave(without_saving=bool(leave_now))
-        if agreed and saving.manager.committed_step != self.step:
+        if agreed and not saved:
             self._save(REASONS[int(agreed)])
         elif agreed and self._evaluated_step == self.step and self.ranks.rank == 0:
             saving.manager.add_metrics(self.step, self._evaluation)  # its commit came first: a notice cut in
@@ -398,9 +407,13 @@ class Session:
             raise Preempted(None)
         started = time.monotonic()
         manager = self._saving.manager
+        if self._handler.notice is not None:
+            manager.leave_by(self._notice_deadline())
         manager.wait()
-        if self.step > 0 and manager.committed_step != self.step:
-            if self._saving.is_boundary_intact():
+        is_missing = self.ranks.rank == 0 and self.step > 0 and manager.committed_step != self.step
+        missing, broken = self.ranks.highest([float(is_missing), float(not self._saving.is_boundary_intact())])
+        if missing:
+            if not broken:
                 self._save("notice")
             else:  # the loop has begun to change the state: what is in memory is no step's state
                 self.event("partial_step_not_saved", step=self.step)

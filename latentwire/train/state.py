@@ -7,22 +7,19 @@ which ``{"__tensor__": name}`` stands where a tensor was.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from latentwire.checkpoint.layout import HostTensor, Snapshot
-from latentwire.checkpoint.reader import Loaded
+from latentwire.checkpoint.layout import Snapshot, Span
+from latentwire.checkpoint.reader import Loaded, Place
 from latentwire.errors import CheckpointMismatch, RunError
+from latentwire.train.staging import DTYPES, LiveTensor, Ring
 
-_DTYPES = {
-    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.uint16: "U16", torch.int16: "I16",
-    torch.float16: "F16", torch.bfloat16: "BF16", torch.uint32: "U32", torch.int32: "I32", torch.float32: "F32",
-    torch.uint64: "U64", torch.int64: "I64", torch.float64: "F64", torch.complex64: "C64",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-}  # fmt: skip
-_TORCH_DTYPES = {name: dtype for dtype, name in _DTYPES.items()}
+_TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
+_OPTIMIZER_STATE = re.compile(r"state\.(\d+)\.")
 
 
 @runtime_checkable
@@ -36,24 +33,6 @@ class Stateful(Protocol):
         """Take over what ``state_dict`` returned."""
 
 
-class StagingBuffers:
-    """Host memory that snapshots are copied into, used again for the next one; pinned where there is a GPU."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, torch.Tensor] = {}
-
-    def copy(self, key: str, tensor: torch.Tensor) -> HostTensor:
-        """Copy a tensor from wherever it is. The copy is valid until the next one under the same key."""
-        source = tensor.detach()
-        buffer = self._buffers.get(key)
-        if buffer is None or buffer.shape != source.shape or buffer.dtype != source.dtype:
-            buffer = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
-            self._buffers[key] = buffer
-        buffer.copy_(source)
-        flat = buffer.reshape(-1).view(torch.uint8) if buffer.numel() else torch.empty(0, dtype=torch.uint8)
-        return HostTensor(_DTYPES[source.dtype], tuple(source.shape), flat.numpy().data)
-
-
 class TrainingState:
     """The objects that a session tracks, by name.
 
@@ -62,7 +41,7 @@ class TrainingState:
 
     def __init__(self) -> None:
         self._tracked: dict[str, Stateful] = {}
-        self._buffers = StagingBuffers()
+        self._ring = Ring()
 
     def track(self, name: str, stateful: Stateful) -> None:
         """Add an object.
@@ -78,10 +57,14 @@ class TrainingState:
             )
         self._tracked[name] = stateful
 
-    def capture(
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Those that are tracked."""
+        return [s for s in self._tracked.values() if isinstance(s, torch.optim.Optimizer)]
+
+    def snapshot(
         self, step: int, random: Mapping[str, Any], values: Mapping[str, Any], metrics: Mapping[str, float]
     ) -> Snapshot:
-        """Copy everything to host memory. Blocks until the copies are done; nobody may save from them meanwhile.
+        """The state as it is, without a copy of any tensor: to be staged, or written while nobody changes it.
 
         Args:
             step: completed steps.
@@ -90,14 +73,37 @@ class TrainingState:
             metrics: measured with exactly these weights.
         """
         trees: dict[str, Any] = {}
-        tensors: dict[str, dict[str, HostTensor]] = {}
-        for name, state in [*((n, s.state_dict()) for n, s in self._tracked.items()), ("random", random)]:
+        tensors: dict[str, dict[str, LiveTensor]] = {}
+        for name, state in [*self._states(), ("random", random)]:
             found: dict[str, torch.Tensor] = {}
             trees[name] = _take_apart(state, "", found)
-            staged = {key: self._buffers.copy(f"{name}/{key}", tensor) for key, tensor in found.items()}
-            if staged:
-                tensors[name] = staged
-        return Snapshot(step, tensors, {"trees": trees, **values}, metrics)
+            if found:
+                tensors[name] = {key: LiveTensor(tensor.detach(), self._ring) for key, tensor in found.items()}
+        updated = self._updated_by_optimizers()
+        late = {(g, n) for g, ts in tensors.items() for n, t in ts.items() if t.tensor.data_ptr() in updated}
+        for group, name in late:
+            tensors[group][name] = LiveTensor(tensors[group][name].tensor, self._ring, late=True)
+        return Snapshot(step, tensors, {"trees": trees, **values}, metrics, replicated=frozenset(late))
+
+    def place(self) -> Place:
+        """Where a checkpoint's tensors belong: into the tracked ones themselves.
+
+        An optimizer has no state before its first step: each tensor of it goes beside its parameter.
+        """
+        live: dict[tuple[str, str], torch.Tensor] = {}
+        for name, state in self._states():
+            found: dict[str, torch.Tensor] = {}
+            _take_apart(state, "", found)
+            live |= {(name, key): tensor.detach() for key, tensor in found.items()}
+
+        def place(group: str, span: Span) -> LiveTensor:
+            tensor = live.get((group, span.name))
+            dtype = _TORCH_DTYPES[span.dtype]
+            if tensor is None or tensor.dtype != dtype or tuple(tensor.shape) != span.shape or not _is_plain(tensor):
+                tensor = torch.empty(span.shape, dtype=dtype, device=self._home(group, span))
+            return LiveTensor(tensor, self._ring)
+
+        return place
 
     def apply(self, loaded: Loaded) -> dict[str, Any]:
         """Put a checkpoint's state into the tracked objects; returns the generators' state.
@@ -122,22 +128,49 @@ class TrainingState:
 
     def versions(self) -> tuple[int, ...]:
         """Autograd's change counters of all tracked tensors: equal if nothing was written to in between."""
-        found: dict[str, torch.Tensor] = {}
-        for name, stateful in self._tracked.items():
-            _take_apart(stateful.state_dict(), name, found)
-        return tuple(tensor._version for tensor in found.values())
+        return tuple(tensor._version for tensor in self._tensors())
 
     def num_bytes(self) -> int:
         """Bytes of all tracked tensors now; an optimizer's grow with its first step."""
+        return sum(t.numel() * t.element_size() for t in self._tensors())
+
+    def is_on_gpu(self) -> bool:
+        """Whether any tracked tensor is."""
+        return any(tensor.is_cuda for tensor in self._tensors())
+
+    def _states(self) -> list[tuple[str, Mapping[str, Any]]]:
+        return [(name, stateful.state_dict()) for name, stateful in self._tracked.items()]
+
+    def _tensors(self) -> list[torch.Tensor]:
         found: dict[str, torch.Tensor] = {}
-        for name, stateful in self._tracked.items():
-            _take_apart(stateful.state_dict(), name, found)
-        return sum(t.numel() * t.element_size() for t in found.values())
+        for name, state in self._states():
+            _take_apart(state, name, found)
+        return list(found.values())
+
+    def _updated_by_optimizers(self) -> set[int]:
+        """Addresses of what only a tracked optimizer's step changes."""
+        updated = set()
+        for optimizer in self.optimizers():
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            states = [v for p in parameters for v in optimizer.state.get(p, {}).values() if isinstance(v, torch.Tensor)]
+            updated |= {tensor.data_ptr() for tensor in [*parameters, *states] if tensor.numel()}
+        return updated
+
+    def _home(self, group: str, span: Span) -> torch.device:
+        """The device of the parameter that this is an optimizer's state of; the CPU for anything else."""
+        optimizer = self._tracked.get(group)
+        match = _OPTIMIZER_STATE.match(span.name)
+        if isinstance(optimizer, torch.optim.Optimizer) and match:
+            parameters = [p for g in optimizer.param_groups for p in g["params"]]
+            index = int(match.group(1))
+            if index < len(parameters) and tuple(parameters[index].shape) == span.shape:
+                return parameters[index].device
+        return torch.device("cpu")
 
 
 def _take_apart(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
-        if value.dtype not in _DTYPES or value.layout != torch.strided:
+        if value.dtype not in DTYPES or value.layout != torch.strided:
             raise RunError(f"{path}: a {value.layout} tensor of {value.dtype} cannot be saved")
         tensors[path] = value
         return {"__tensor__": path}
@@ -155,13 +188,13 @@ def _take_apart(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
     raise RunError(f"{path}: a {type(value).__name__} cannot be saved without pickle; keep it out of state_dict()")
 
 
-def _put_together(tree: Any, tensors: Mapping[str, HostTensor]) -> Any:
+def _put_together(tree: Any, tensors: Mapping[str, LiveTensor]) -> Any:
     if isinstance(tree, list):
         return [_put_together(item, tensors) for item in tree]
     if not isinstance(tree, dict):
         return tree
     if "__tensor__" in tree:
-        return _as_tensor(tensors[tree["__tensor__"]])
+        return tensors[tree["__tensor__"]].tensor
     if "__tuple__" in tree:
         return tuple(_put_together(item, tensors) for item in tree["__tuple__"])
     if "__dict__" in tree:
@@ -171,11 +204,8 @@ def _put_together(tree: Any, tensors: Mapping[str, HostTensor]) -> Any:
     return {key: _put_together(item, tensors) for key, item in tree.items()}
 
 
-def _as_tensor(host: HostTensor) -> torch.Tensor:
-    dtype = _TORCH_DTYPES[host.dtype]
-    if not host.num_bytes:
-        return torch.empty(host.shape, dtype=dtype)
-    return torch.frombuffer(host.data, dtype=torch.uint8).view(dtype).reshape(host.shape)
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return tensor.is_contiguous() and tensor.device.type in ("cpu", "cuda")
 
 
 def _join(path: str, key: object) -> str:

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentwire.checkpoint import layout, reader
-from latentwire.checkpoint.layout import FileRecord, HostTensor, Manifest
+from latentwire.checkpoint.layout import FileRecord, HostTensor, Manifest, Snapshot
 from latentwire.errors import CheckpointCorrupt, CheckpointError, CheckpointTooNew, CheckpointUnsafe
 
 SHA = st.binary(max_size=8).map(lambda data: hashlib.sha256(data).hexdigest())
@@ -91,14 +91,25 @@ def test_a_tensor_may_not_have_the_name_that_the_format_keeps_for_itself() -> No
         encoded(named)
 
 
-@given(tensors(), st.integers(1, 64))
-def test_shards_hold_every_tensor_once_and_stay_small(named: dict[str, HostTensor], shard_bytes: int) -> None:
-    shards = layout.split_into_files("model", named, shard_bytes)
-    assert sorted(name for shard in shards.values() for name in shard) == sorted(named)
-    for file, shard in shards.items():
-        assert layout.check_name(file, "here") == file
-        sizes = [tensor.num_bytes for tensor in shard.values() if tensor.num_bytes]
+@given(tensors(), st.integers(1, 64), st.integers(1, 4), st.data())
+def test_the_files_hold_every_tensor_once_on_one_rank_and_stay_small(
+    named: dict[str, HostTensor], shard_bytes: int, world_size: int, data: st.DataObject
+) -> None:
+    replicated = frozenset(("model", n) for n in data.draw(st.sets(st.sampled_from(sorted(named) or [""]))) if named)
+    snapshot = Snapshot(1, {"model": named, "other": named}, {}, replicated=replicated)
+    files = layout.plan_files(snapshot, shard_bytes, world_size)
+    assert sorted((f.group, n) for f in files for n in f.tensors) == sorted(
+        (g, n) for g in snapshot.tensors for n in named
+    )
+    loads = [0] * world_size
+    for file in files:
+        assert layout.check_name(file.name, "here") == file.name
+        sizes = [size for name in file.tensors if (size := layout.num_bytes_of(named[name]))]
+        assert file.num_bytes == sum(sizes)
         assert sum(sizes) <= shard_bytes or len(sizes) == 1
+        assert file.rank == 0 or all((file.group, name) in replicated for name in file.tensors)
+        loads[file.rank] += file.num_bytes
+    assert max(loads[1:], default=0) <= loads[0] + max((f.num_bytes for f in files), default=0)
 
 
 @given(manifests())
@@ -235,9 +246,9 @@ def read_or_refuse_tensors(data: memoryview) -> None:
     except CheckpointError:
         return
     body = data.nbytes - 8 - int.from_bytes(data[:8], "little")
-    assert sum(tensor.num_bytes for tensor in named.values()) == body
+    assert sum(map(layout.num_bytes_of, named.values())) == body
     for tensor in named.values():
-        assert tensor.num_bytes == layout.DTYPE_BYTES[tensor.dtype] * math.prod(tensor.shape)
+        assert tensor.data.nbytes == layout.num_bytes_of(tensor)
         assert all(size >= 0 for size in tensor.shape)
 
 

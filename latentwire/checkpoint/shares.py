@@ -1,0 +1,64 @@
+"""One checkpoint written by several ranks, which meet in its hidden folder and nowhere else.
+
+Every rank comes to the same plan of files by itself (``layout.plan_files``), writes its own and leaves a
+``.share-<rank>.json`` with their digests, or with the reason why it could not. Rank 0 collects these, removes them, and
+only then seals and renames the folder: a rank that dies or is late keeps a checkpoint from being, not from being whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from latentwire.checkpoint.layout import FileRecord
+from latentwire.run.atomic import read_json, write_json
+
+_LOOK_S = 0.02
+_PATIENCE_S = 1800.0
+"""As long as ranks wait for each other elsewhere; a rank that died is noticed by its agent much sooner."""
+
+
+def share_path(folder: Path, rank: int) -> Path:
+    """Where a rank leaves word of what it wrote."""
+    return folder / f".share-{rank}.json"
+
+
+def tell_written(folder: Path, rank: int, files: dict[str, FileRecord]) -> None:
+    """This rank's files are written and fsynced."""
+    write_json(share_path(folder, rank), {"files": {name: dataclasses.asdict(r) for name, r in files.items()}})
+
+
+def tell_failed(folder: Path, rank: int, error: Exception) -> None:
+    """This rank's disk refused, or its tensors were torn; rank 0 is not to wait for it."""
+    code = error.errno if isinstance(error, OSError) else None
+    write_json(share_path(folder, rank), {"errno": code, "error": str(error)})
+
+
+def collect(folder: Path, ranks: Iterable[int], check: Callable[[], None]) -> dict[str, FileRecord]:
+    """The records of the other ranks' files. Called by rank 0, on its saving thread; blocks until all have told.
+
+    Args:
+        folder: the hidden folder.
+        ranks: whose shares.
+        check: called while waiting; raises where waiting has become pointless.
+
+    Raises:
+        OSError: what a rank's disk said, or a rank was not heard of for half an hour.
+    """
+    files: dict[str, FileRecord] = {}
+    until = time.monotonic() + _PATIENCE_S
+    for rank in ranks:
+        path = share_path(folder, rank)
+        while (told := read_json(path)) is None:
+            check()
+            if time.monotonic() > until:
+                raise OSError(errno.ETIMEDOUT, f"rank {rank} has not written its share of the checkpoint", str(path))
+            time.sleep(_LOOK_S)
+        if "error" in told:
+            raise OSError(told["errno"] or errno.EIO, f"rank {rank} could not write its share: {told['error']}")
+        files |= {name: FileRecord(**record) for name, record in told["files"].items()}
+        path.unlink()
+    return files
