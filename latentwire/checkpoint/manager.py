@@ -305,7 +305,10 @@ class CheckpointManager:
         return [self.folder / n for n in sorted(names, key=lambda n: layout.parse_step_name(n) or 0)]
 
     def restore(
-        self, skip: Collection[str] = (), attempting: Callable[[str], None] = lambda name: None
+        self,
+        skip: Collection[str] = (),
+        attempting: Callable[[str], None] = lambda name: None,
+        max_bytes: int | None = None,
     ) -> Loaded | None:
         """Load the newest checkpoint that is whole; None where the run has never committed one. Blocks.
 
@@ -314,6 +317,7 @@ class CheckpointManager:
         Args:
             skip: names of checkpoints that earlier attempts died of: taken only where no other can be used.
             attempting: called with the name before each is read.
+            max_bytes: what claims more is moved to quarantine unread.
 
         Raises:
             NoUsableCheckpoint: there are checkpoints and none can be used. Never starts over in silence.
@@ -326,7 +330,7 @@ class CheckpointManager:
         rest = [path for path in candidates if path not in skipped]
         for path in [*reversed(rest), *reversed(skipped)]:  # the suspicious ones only where nothing else is left
             attempting(path.name)
-            loaded = self._load(path)
+            loaded = self._load(path, max_bytes)
             if loaded is not None:
                 self.committed_step = loaded.manifest.step
                 return loaded
@@ -339,12 +343,12 @@ class CheckpointManager:
             )
         return None
 
-    def _load(self, path: Path) -> Loaded | None:
+    def _load(self, path: Path, max_bytes: int | None) -> Loaded | None:
         started = time.monotonic()
         try:
             for retry in stamina.retry_context(on=OSError, attempts=3, wait_initial=0.2, wait_max=2.0):
                 with retry:
-                    loaded = reader.load(path, self._threads)
+                    loaded = reader.load(path, self._threads, max_bytes)
         except (CheckpointCorrupt, CheckpointUnsafe) as error:
             self.quarantine(path, str(error))
             return None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import stat
+import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +15,6 @@ from typing import Any
 from latentwire.checkpoint import layout
 from latentwire.checkpoint.layout import FileRecord, HostTensor, Manifest
 from latentwire.errors import CheckpointCorrupt, CheckpointUnsafe
-from latentwire.run.atomic import read_json
 
 _CHUNK_BYTES = 16 << 20
 
@@ -37,8 +36,10 @@ def read_manifest(path: Path) -> Manifest:
         CheckpointCorrupt, CheckpointUnsafe, CheckpointTooNew: what is wrong with it.
         OSError: the disk refused.
     """
-    sums = layout.parse_sums(_read_small(path / layout.SUMS).decode("utf-8", "replace"), str(path / layout.SUMS))
-    text = _read_small(path / layout.MANIFEST)
+    _look_round(path)
+    listing = _read_small(path / layout.SUMS, layout.MAX_MANIFEST_BYTES).decode("utf-8", "replace")
+    sums = layout.parse_sums(listing, str(path / layout.SUMS))
+    text = _read_small(path / layout.MANIFEST, layout.MAX_MANIFEST_BYTES)
     if hashlib.sha256(text).hexdigest() != sums.get(layout.MANIFEST):
         raise CheckpointCorrupt(f"{path / layout.MANIFEST} does not have the SHA-256 that {layout.SUMS} gives")
     manifest = layout.parse_manifest(text.decode("utf-8", "replace"), str(path / layout.MANIFEST))
@@ -63,14 +64,23 @@ def verify(path: Path, threads: int = 4) -> Manifest:
     return manifest
 
 
-def load(path: Path, threads: int = 4) -> Loaded:
+def load(path: Path, threads: int = 4, max_bytes: int | None = None) -> Loaded:
     """Read a checkpoint into memory; what is returned is exactly what was hashed.
+
+    Args:
+        path: the checkpoint.
+        threads: files read side by side.
+        max_bytes: one that claims more is refused unread: a file with holes claims terabytes and costs nothing.
 
     Raises:
         CheckpointCorrupt, CheckpointUnsafe, CheckpointTooNew: what is wrong, in which file.
         OSError: the disk refused.
     """
     manifest = read_manifest(path)
+    if max_bytes is not None and manifest.num_bytes > max_bytes:
+        raise CheckpointUnsafe(
+            f"{path} claims {manifest.num_bytes} bytes, of at most {max_bytes} that can be its run's"
+        )
     with ThreadPoolExecutor(threads, thread_name_prefix="checkpoint-load") as pool:
         contents = dict(
             zip(
@@ -83,12 +93,19 @@ def load(path: Path, threads: int = 4) -> Loaded:
     for group, names in manifest.groups.items():
         tensors[group] = {}
         for name in names:
-            tensors[group] |= layout.decode_tensors(contents[name], str(path / name))
-    try:
-        values = json.loads(bytes(contents[layout.STATE]))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointCorrupt(f"{path / layout.STATE} is not JSON: {error}") from None
+            _add(tensors, group, layout.decode_tensors(contents[name], str(path / name)), path / name)
+    values = layout.parse_json(bytes(contents[layout.STATE]).decode("utf-8", "replace"), str(path / layout.STATE))
+    if not isinstance(values, dict):
+        raise CheckpointCorrupt(f"{path / layout.STATE} holds no names")
     return Loaded(path, manifest, tensors, values)
+
+
+def _add(tensors: dict[str, dict[str, HostTensor]], group: str, found: dict[str, HostTensor], path: Path) -> None:
+    if tensors[group].keys() & found.keys():
+        raise CheckpointCorrupt(f"{path} holds a tensor that another file of {group!r:.100} holds too")
+    tensors[group] |= found
+    if sum(map(len, tensors.values())) > layout.MAX_TENSORS:
+        raise CheckpointCorrupt(f"{path.parent} holds more than {layout.MAX_TENSORS} tensors")
 
 
 def read_metrics(path: Path) -> dict[str, float]:
@@ -99,16 +116,42 @@ def read_metrics(path: Path) -> dict[str, float]:
         OSError: the disk refused.
     """
     metrics = dict(read_manifest(path).metrics)
-    added = read_json(path / layout.VERIFIED)
+    added = _read_mark(path / layout.VERIFIED)
     later = added.get("metrics") if isinstance(added, dict) else None
     if isinstance(later, dict):
-        metrics |= {str(name): float(value) for name, value in later.items() if isinstance(value, int | float)}
+        numbers = {name: value for name, value in later.items() if isinstance(value, int | float)}
+        metrics |= {name: float(value) for name, value in numbers.items() if abs(value) <= sys.float_info.max}
     return metrics
+
+
+def _read_mark(path: Path) -> Any:
+    """verified.json, or None: it stands outside SHA256SUMS, and lost or damaged it costs nothing."""
+    try:
+        text = _read_small(path, layout.MAX_MANIFEST_BYTES).decode("utf-8", "replace")
+        return layout.parse_json(text, str(path), layout.MAX_MANIFEST_BYTES)
+    except CheckpointCorrupt:
+        return None
 
 
 def is_verified(path: Path) -> bool:
     """Whether the checkpoint was read back after it was written."""
     return (path / layout.VERIFIED).is_file()
+
+
+def _look_round(path: Path) -> None:
+    """Refuse a folder that holds anything but plain files, before one is opened: to open a device may do harm."""
+    if path.is_symlink() and layout.parse_step_name(path.name) is not None:
+        raise CheckpointUnsafe(f"{path} is a link; a checkpoint is a folder of its own")
+    try:
+        with os.scandir(path) as entries:
+            for number, entry in enumerate(entries):
+                if number > 2 * layout.MAX_FILES:
+                    raise CheckpointUnsafe(f"{path} holds more files than latentwire ever writes")
+                if not entry.is_file(follow_symlinks=False):
+                    kind = "a link" if entry.is_symlink() else "no plain file"
+                    raise CheckpointUnsafe(f"{entry.path} is {kind}; a checkpoint holds plain files only")
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointCorrupt(f"{path} is no folder, or gone") from None
 
 
 def _hash_file(path: Path, expected: FileRecord) -> None:
@@ -158,12 +201,12 @@ def _open(path: Path, num_bytes: int) -> int:
     return descriptor
 
 
-def _read_small(path: Path) -> bytes:
+def _read_small(path: Path, max_bytes: int) -> bytes:
     try:
         size = os.lstat(path).st_size
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointCorrupt(f"{path} is missing") from None
-    if size > layout.MAX_JSON_BYTES:
+    if size > max_bytes:
         raise CheckpointCorrupt(f"{path} has {size} bytes, more than any that latentwire writes")
     with open(_open(path, size), "rb") as file:
-        return file.read()
+        return file.read(size)

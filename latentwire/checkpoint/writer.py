@@ -8,7 +8,6 @@ the rename leaves a hidden folder that no reader looks at; a crash after it leav
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,7 @@ from pathlib import Path
 from latentwire.checkpoint import layout
 from latentwire.checkpoint.layout import FileRecord, Manifest, Snapshot
 from latentwire.errors import CheckpointError
-from latentwire.run.atomic import fsync_directory, json_safe
+from latentwire.run.atomic import fsync_directory
 
 _CHUNK_BYTES = 16 << 20
 
@@ -35,7 +34,7 @@ def write_files(
         threads: files written side by side.
 
     Raises:
-        CheckpointError: a group's name cannot name a file.
+        CheckpointError: a group's name cannot name a file, or the state is more than may be read back.
         OSError: the disk refused; the caller removes the folder.
     """
     groups: dict[str, tuple[str, ...]] = {}
@@ -49,8 +48,7 @@ def write_files(
             )
         groups[group] = tuple(shards)
         pieces |= {name: layout.encode_tensors(shard) for name, shard in shards.items()}
-    state = json.dumps(json_safe(snapshot.values), indent=1, sort_keys=True, allow_nan=False) + "\n"
-    pieces[layout.STATE] = [state.encode()]
+    pieces[layout.STATE] = [layout.encode_json(snapshot.values, layout.STATE)]
     folder.mkdir()
     with ThreadPoolExecutor(min(threads, len(pieces)), thread_name_prefix="checkpoint-write") as pool:
         records = list(pool.map(lambda name: write_file(folder / name, pieces[name]), pieces))

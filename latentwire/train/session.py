@@ -142,7 +142,8 @@ class Session:
             manager.sweep()
         self.ranks.highest([0.0])  # no rank reads before rank 0 has cleaned up
         try:
-            loaded = recovery.load_newest(manager, self.run, self.attempt, self.ranks)
+            num_bytes = self._state.num_bytes()
+            loaded = recovery.load_newest(manager, self.run, self.attempt, self.ranks, num_bytes)
             if loaded is not None:
                 self._take_over(loaded)
             if self.ranks.rank == 0:  # a fresh optimizer has no state yet: AdamW will have twice the parameters
