@@ -37,9 +37,14 @@ SAVING_PREFIX = ".saving-"
 DELETING_PREFIX = ".deleting-"
 QUARANTINE = "quarantine"
 
+# Bounds of what is read, all far above what is written: whoever made the files, reading takes bounded time and memory.
+MAX_MANIFEST_BYTES = 8 << 20
 MAX_JSON_BYTES = 64 << 20
-MAX_HEADER_BYTES = 64 << 20
-MAX_FILES = 100_000
+MAX_HEADER_BYTES = 32 << 20
+MAX_JSON_VALUES = 2_000_000
+MAX_DIGITS = 4300
+MAX_FILES = 10_000
+MAX_TENSORS = 100_000
 MAX_DIMENSIONS = 64
 
 DTYPE_BYTES = {
@@ -47,7 +52,7 @@ DTYPE_BYTES = {
     "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
 
-_STEP_NAME = re.compile(r"step-(\d{8,})")
+_STEP_NAME = re.compile(r"step-([0-9]{8,18})")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -174,6 +179,11 @@ class Manifest:
             return self.files[names[0]].sha256
         return hashlib.sha256(format_sums({name: self.files[name] for name in names}).encode()).hexdigest()
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all listed files."""
+        return sum(record.num_bytes for record in self.files.values())
+
     def to_json(self) -> str:
         """The text of manifest.json."""
         tree = {"format": FORMAT} | dataclasses.asdict(self)
@@ -189,7 +199,8 @@ def step_name(step: int) -> str:
 def parse_step_name(name: str) -> int | None:
     """The step in a checkpoint's folder name, None for any other name."""
     match = _STEP_NAME.fullmatch(name)
-    return int(match.group(1)) if match else None
+    step = int(match.group(1)) if match else None
+    return step if step is not None and step_name(step) == name else None
 
 
 def parse_manifest(text: str, where: str) -> Manifest:
@@ -200,17 +211,17 @@ def parse_manifest(text: str, where: str) -> Manifest:
         CheckpointUnsafe: it names a file that is not a plain name in its own folder.
         CheckpointCorrupt: anything else that is not as we write it.
     """
+    tree = parse_json(text, where, MAX_MANIFEST_BYTES)
     try:
-        tree = json.loads(text)
-        if int(tree["format"]) > FORMAT:
+        if _whole(tree["format"]) > FORMAT:
             raise CheckpointTooNew(
                 f"{where} has format {tree['format']}, this latentwire reads up to {FORMAT}: upgrade latentwire"
             )
-        files = {check_name(n, where): FileRecord(int(r["bytes"]), _sha(r["sha256"])) for n, r in tree["files"].items()}
+        files = {check_name(name, where): _record(record) for name, record in tree["files"].items()}
         groups = {str(g): tuple(check_name(n, where) for n in names) for g, names in tree["groups"].items()}
         manifest = Manifest(
-            step=int(tree["step"]),
-            attempt=int(tree["attempt"]),
+            step=_whole(tree["step"]),
+            attempt=_whole(tree["attempt"]),
             created=float(tree["created"]),
             version=str(tree["version"]),
             identity=dict(tree["identity"]),
@@ -219,11 +230,51 @@ def parse_manifest(text: str, where: str) -> Manifest:
             files=files,
         )
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-        raise CheckpointCorrupt(f"{where} is not a manifest: {type(error).__name__}: {error}") from None
-    missing = [n for names in groups.values() for n in names if n not in files]
-    if missing or STATE not in files or len(files) > MAX_FILES:
-        raise CheckpointCorrupt(f"{where} is not whole: no record of {', '.join(missing) or STATE}")
+        raise CheckpointCorrupt(f"{where} is not a manifest: {_short(error)}") from None
+    listed = [n for names in groups.values() for n in names]
+    missing = [n for n in [*listed, STATE] if n not in files]
+    if missing:
+        raise CheckpointCorrupt(f"{where} is not whole: no record of {', '.join(missing[:3])}")
+    if len(listed) != len(set(listed)) or STATE in listed:
+        raise CheckpointCorrupt(f"{where} lists a file twice")
+    if len(files) != len(listed) + 1:
+        raise CheckpointCorrupt(f"{where} lists a file that belongs to nothing")
+    if len(files) > MAX_FILES or files[STATE].num_bytes > MAX_JSON_BYTES:
+        raise CheckpointCorrupt(f"{where} lists more, or a larger {STATE}, than latentwire ever writes")
     return manifest
+
+
+def parse_json(text: str, where: str, max_bytes: int = MAX_JSON_BYTES) -> Any:
+    """The value in a text that anybody may have written. Time and memory are bounded, whatever it holds.
+
+    Raises:
+        CheckpointCorrupt: it is not JSON, is larger or deeper than what we write, or names something twice.
+    """
+    if not _is_small(text, max_bytes):
+        raise CheckpointCorrupt(f"{where} holds more than latentwire ever writes")
+    try:
+        return json.loads(text, object_pairs_hook=_each_once, parse_int=_digits)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointCorrupt(f"{where} is not JSON: {_short(error)}") from None
+
+
+def encode_json(value: Any, where: str) -> bytes:
+    """The text of a file of JSON that ``parse_json`` will take.
+
+    Raises:
+        CheckpointError: it would not.
+    """
+    text = json.dumps(json_safe(value), indent=1, sort_keys=True, allow_nan=False) + "\n"
+    if not _is_small(text, MAX_JSON_BYTES):
+        raise CheckpointError(
+            f"{where} would take {len(text)} bytes: put large values into tensors, or out of the state"
+        )
+    return text.encode()
+
+
+def _is_small(text: str, max_bytes: int) -> bool:
+    """Every value but the first comes after one of these: so their number is known before any is made."""
+    return len(text) <= max_bytes and sum(map(text.count, ",[{")) <= MAX_JSON_VALUES
 
 
 def check_name(name: str, where: str) -> str:
@@ -234,7 +285,7 @@ def check_name(name: str, where: str) -> str:
     """
     if not isinstance(name, str) or not is_plain_name(name):
         raise CheckpointUnsafe(
-            f"{where} names the file {name!r}: only plain names in its own folder are allowed. "
+            f"{where} names the file {name!r:.100}: only plain names in its own folder are allowed. "
             "It was not written by latentwire; do not use it"
         )
     return name
@@ -264,7 +315,9 @@ def parse_sums(text: str, where: str) -> dict[str, str]:
         digest, separator, name = line.partition("  ")
         if not separator or not _SHA256.fullmatch(digest):
             raise CheckpointCorrupt(f"{where}: {line[:100]!r} is not a line of SHA256SUMS")
-        sums[check_name(name, where)] = digest
+        if check_name(name, where) in sums:
+            raise CheckpointCorrupt(f"{where} lists {name} twice")
+        sums[name] = digest
     return sums
 
 
@@ -320,10 +373,12 @@ def encode_tensors(tensors: Mapping[str, TensorSource]) -> Iterator[bytes | memo
     """The bytes of a safetensors file, piece by piece: the same tensors always give the same bytes.
 
     Raises:
-        CheckpointError: a tensor has the one name that the format keeps for itself.
+        CheckpointError: a tensor has the one name that the format keeps for itself, or they are more than are read.
     """
     if METADATA in tensors:
         raise CheckpointError(f"a tensor cannot be named {METADATA}, which safetensors keeps for itself: rename it")
+    if len(tensors) > MAX_TENSORS:
+        raise CheckpointError(f"{len(tensors)} tensors are more than the {MAX_TENSORS} that a checkpoint may hold")
     order = sorted(tensors, key=lambda name: (-DTYPE_BYTES[tensors[name].dtype], name))  # keeps every tensor aligned
     header: dict[str, Any] = {METADATA: {"format": "pt"}}
     offset = 0
@@ -367,13 +422,15 @@ def parse_header(text: bytes, body_bytes: int, where: str) -> list[Span]:
         CheckpointCorrupt: the header does not parse, or its offsets do not tile the body exactly.
     """
     try:
-        header = json.loads(text)
+        header = parse_json(text.decode(), where, MAX_HEADER_BYTES)
         header.pop(METADATA, None)
-        found = sorted((*map(int, e["data_offsets"]), name) for name, e in header.items())
+        if len(header) > MAX_TENSORS:
+            raise ValueError(f"{len(header)} tensors are more than latentwire ever writes")
+        found = sorted((*map(_whole, e["data_offsets"]), name) for name, e in header.items())
         spans, position = [], 0
         for begin, end, name in found:
-            dtype, shape = header[name]["dtype"], tuple(int(n) for n in header[name]["shape"])
-            if len(shape) > MAX_DIMENSIONS or not all(0 <= n < 1 << 63 for n in shape):
+            dtype, shape = header[name]["dtype"], tuple(map(_whole, header[name]["shape"]))
+            if len(shape) > MAX_DIMENSIONS or math.prod(n or 1 for n in shape) >= 1 << 63:
                 raise ValueError(f"tensor {name!r} has no possible shape")
             if not begin == position <= end or end - begin != tensor_bytes(dtype, shape):
                 raise ValueError(f"tensor {name!r} does not fit its place")
@@ -382,7 +439,7 @@ def parse_header(text: bytes, body_bytes: int, where: str) -> list[Span]:
         if position != body_bytes:
             raise ValueError(f"{body_bytes - position} bytes belong to no tensor")
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-        raise CheckpointCorrupt(f"{where} is not a safetensors file: {type(error).__name__}: {error}") from None
+        raise CheckpointCorrupt(f"{where} is not a safetensors file: {_short(error)}") from None
     return spans
 
 
@@ -401,7 +458,37 @@ def decode_tensors(data: memoryview, where: str) -> dict[str, HostTensor]:
     return tensors
 
 
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    tree = dict(pairs)
+    if len(tree) != len(pairs):
+        raise ValueError("a name is there twice")
+    return tree
+
+
+def _digits(text: str) -> int:
+    """Python's own limit, also where somebody has switched it off: the time grows with the square."""
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"a number has {len(text)} digits")
+    return int(text)
+
+
+def _whole(value: Any) -> int:
+    """A number that can count bytes or steps."""
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise ValueError(f"{value!r:.100} is not a count")
+    return value
+
+
+def _short(error: Exception) -> str:
+    """What is said of an error: it may repeat what it met, however long."""
+    return f"{type(error).__name__}: {error!s:.200}"
+
+
+def _record(value: Any) -> FileRecord:
+    return FileRecord(_whole(value["bytes"]), _sha(value["sha256"]))
+
+
 def _sha(value: Any) -> str:
     if not isinstance(value, str) or not _SHA256.fullmatch(value):
-        raise ValueError(f"{value!r} is not a SHA-256")
+        raise ValueError(f"{value!r:.100} is not a SHA-256")
     return value

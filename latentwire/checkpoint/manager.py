@@ -397,6 +397,7 @@ class CheckpointManager:
         skip: Collection[str] = (),
         attempting: Callable[[str], None] = lambda name: None,
         place: Place = reader.in_host_memory,
+        max_bytes: int | None = None,
     ) -> Loaded | None:
         """Load the newest checkpoint that is whole; None where the run has never committed one. Blocks.
 
@@ -406,6 +407,7 @@ class CheckpointManager:
             skip: names of checkpoints that earlier attempts died of: taken only where no other can be used.
             attempting: called with the name before each is read.
             place: where the tensors are to be; half overwritten where this raises.
+            max_bytes: what claims more is moved to quarantine unread.
 
         Raises:
             NoUsableCheckpoint: there are checkpoints and none can be used. Never starts over in silence.
@@ -418,7 +420,7 @@ class CheckpointManager:
         rest = [path for path in candidates if path not in skipped]
         for path in [*reversed(rest), *reversed(skipped)]:  # the suspicious ones only where nothing else is left
             attempting(path.name)
-            loaded = self._load(path, place)
+            loaded = self._load(path, place, max_bytes)
             if loaded is not None:
                 self.committed_step = loaded.manifest.step
                 return loaded
@@ -431,12 +433,12 @@ class CheckpointManager:
             )
         return None
 
-    def _load(self, path: Path, place: Place) -> Loaded | None:
+    def _load(self, path: Path, place: Place, max_bytes: int | None) -> Loaded | None:
         started = time.monotonic()
         try:
             for retry in stamina.retry_context(on=OSError, attempts=3, wait_initial=0.2, wait_max=2.0):
                 with retry:
-                    loaded = reader.load(path, self._threads, place)
+                    loaded = reader.load(path, self._threads, place, max_bytes)
         except (CheckpointCorrupt, CheckpointUnsafe) as error:
             self.quarantine(path, str(error))
             return None

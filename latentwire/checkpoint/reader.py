@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
-import json
 import os
 import stat
+import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +16,6 @@ from typing import Any
 from latentwire.checkpoint import layout
 from latentwire.checkpoint.layout import Destination, FileRecord, HostTensor, Manifest, Span
 from latentwire.errors import CheckpointCorrupt, CheckpointUnsafe
-from latentwire.run.atomic import read_json
 
 _CHUNK_BYTES = 8 << 20
 
@@ -50,8 +49,10 @@ def read_manifest(path: Path) -> Manifest:
         CheckpointCorrupt, CheckpointUnsafe, CheckpointTooNew: what is wrong with it.
         OSError: the disk refused.
     """
-    sums = layout.parse_sums(_read_small(path / layout.SUMS).decode("utf-8", "replace"), str(path / layout.SUMS))
-    text = _read_small(path / layout.MANIFEST)
+    _look_round(path)
+    listing = _read_small(path / layout.SUMS, layout.MAX_MANIFEST_BYTES).decode("utf-8", "replace")
+    sums = layout.parse_sums(listing, str(path / layout.SUMS))
+    text = _read_small(path / layout.MANIFEST, layout.MAX_MANIFEST_BYTES)
     if hashlib.sha256(text).hexdigest() != sums.get(layout.MANIFEST):
         raise CheckpointCorrupt(f"{path / layout.MANIFEST} does not have the SHA-256 that {layout.SUMS} gives")
     manifest = layout.parse_manifest(text.decode("utf-8", "replace"), str(path / layout.MANIFEST))
@@ -85,28 +86,37 @@ def verify(path: Path, threads: int = 4, in_time: Callable[[], bool] = lambda: T
     return manifest
 
 
-def load(path: Path, threads: int = 4, place: Place = in_host_memory) -> Loaded:
+def load(path: Path, threads: int = 4, place: Place = in_host_memory, max_bytes: int | None = None) -> Loaded:
     """Read a checkpoint straight to where its tensors belong; every byte is hashed on its way. Blocks.
 
     Where this raises, what ``place`` gave may be half overwritten.
+
+    Args:
+        path: the checkpoint.
+        threads: files read side by side.
+        place: where each tensor is to be.
+        max_bytes: one that claims more is refused unread: a file with holes claims terabytes and costs nothing.
 
     Raises:
         CheckpointCorrupt, CheckpointUnsafe, CheckpointTooNew: what is wrong, in which file.
         OSError: the disk refused.
     """
     manifest = read_manifest(path)
-    group_of = {name: group for group, names in manifest.groups.items() for name in names}
+    if max_bytes is not None and manifest.num_bytes > max_bytes:
+        raise CheckpointUnsafe(
+            f"{path} claims {manifest.num_bytes} bytes, of at most {max_bytes} that can be its run's"
+        )
+    files = [(group, name) for group, names in manifest.groups.items() for name in names]
+    files.sort(key=lambda file: -manifest.files[file[1]].num_bytes)
+
+    def read(file: tuple[str, str]) -> dict[str, Destination]:
+        group, name = file
+        return _read_tensors(path / name, manifest.files[name], lambda span: place(group, span))
+
     tensors: dict[str, dict[str, Any]] = {group: {} for group in manifest.groups}
-
-    def read(name: str) -> None:
-        if name in group_of:
-            group = group_of[name]
-            tensors[group] |= _read_tensors(path / name, manifest.files[name], lambda span: place(group, span))
-        elif name != layout.STATE:
-            _hash_file(path / name, manifest.files[name])
-
     with ThreadPoolExecutor(threads, thread_name_prefix="checkpoint-load") as pool:
-        list(pool.map(read, _largest_first(manifest)))
+        for (group, name), found in zip(files, pool.map(read, files), strict=True):
+            _add(tensors, group, found, path / name)
     return Loaded(path, manifest, tensors, read_values(path, manifest))
 
 
@@ -117,12 +127,9 @@ def read_values(path: Path, manifest: Manifest) -> dict[str, Any]:
         CheckpointCorrupt, CheckpointUnsafe: state.json is not as it was committed.
         OSError: the disk refused.
     """
-    text = _read_small(path / layout.STATE)
+    text = _read_small(path / layout.STATE, layout.MAX_JSON_BYTES)
     _compare(path / layout.STATE, hashlib.sha256(text).hexdigest(), manifest.files[layout.STATE])
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointCorrupt(f"{path / layout.STATE} is not JSON: {error}") from None
+    values = layout.parse_json(text.decode("utf-8", "replace"), str(path / layout.STATE))
     if not isinstance(values, dict):
         raise CheckpointCorrupt(f"{path / layout.STATE} holds no names")
     return values
@@ -130,6 +137,14 @@ def read_values(path: Path, manifest: Manifest) -> dict[str, Any]:
 
 def _largest_first(manifest: Manifest) -> list[str]:
     return sorted(manifest.files, key=lambda name: -manifest.files[name].num_bytes)
+
+
+def _add(tensors: dict[str, dict[str, Any]], group: str, found: dict[str, Destination], path: Path) -> None:
+    if tensors[group].keys() & found.keys():
+        raise CheckpointCorrupt(f"{path} holds a tensor that another file of {group!r:.100} holds too")
+    tensors[group] |= found
+    if sum(map(len, tensors.values())) > layout.MAX_TENSORS:
+        raise CheckpointCorrupt(f"{path.parent} holds more than {layout.MAX_TENSORS} tensors")
 
 
 def read_metrics(path: Path) -> dict[str, float]:
@@ -140,16 +155,42 @@ def read_metrics(path: Path) -> dict[str, float]:
         OSError: the disk refused.
     """
     metrics = dict(read_manifest(path).metrics)
-    added = read_json(path / layout.VERIFIED)
+    added = _read_mark(path / layout.VERIFIED)
     later = added.get("metrics") if isinstance(added, dict) else None
     if isinstance(later, dict):
-        metrics |= {str(name): float(value) for name, value in later.items() if isinstance(value, int | float)}
+        numbers = {name: value for name, value in later.items() if isinstance(value, int | float)}
+        metrics |= {name: float(value) for name, value in numbers.items() if abs(value) <= sys.float_info.max}
     return metrics
+
+
+def _read_mark(path: Path) -> Any:
+    """verified.json, or None: it stands outside SHA256SUMS, and lost or damaged it costs nothing."""
+    try:
+        text = _read_small(path, layout.MAX_MANIFEST_BYTES).decode("utf-8", "replace")
+        return layout.parse_json(text, str(path), layout.MAX_MANIFEST_BYTES)
+    except CheckpointCorrupt:
+        return None
 
 
 def is_verified(path: Path) -> bool:
     """Whether the checkpoint was read back after it was written."""
     return (path / layout.VERIFIED).is_file()
+
+
+def _look_round(path: Path) -> None:
+    """Refuse a folder that holds anything but plain files, before one is opened: to open a device may do harm."""
+    if path.is_symlink() and layout.parse_step_name(path.name) is not None:
+        raise CheckpointUnsafe(f"{path} is a link; a checkpoint is a folder of its own")
+    try:
+        with os.scandir(path) as entries:
+            for number, entry in enumerate(entries):
+                if number > 2 * layout.MAX_FILES:
+                    raise CheckpointUnsafe(f"{path} holds more files than latentwire ever writes")
+                if not entry.is_file(follow_symlinks=False):
+                    kind = "a link" if entry.is_symlink() else "no plain file"
+                    raise CheckpointUnsafe(f"{entry.path} is {kind}; a checkpoint holds plain files only")
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointCorrupt(f"{path} is no folder, or gone") from None
 
 
 def _hash_file(path: Path, expected: FileRecord, in_time: Callable[[], bool] = lambda: True) -> None:
@@ -212,12 +253,12 @@ def _open(path: Path, num_bytes: int) -> int:
     return descriptor
 
 
-def _read_small(path: Path) -> bytes:
+def _read_small(path: Path, max_bytes: int) -> bytes:
     try:
         size = os.lstat(path).st_size
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointCorrupt(f"{path} is missing") from None
-    if size > layout.MAX_JSON_BYTES:
+    if size > max_bytes:
         raise CheckpointCorrupt(f"{path} has {size} bytes, more than any that latentwire writes")
     with open(_open(path, size), "rb") as file:
-        return file.read()
+        return file.read(size)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ from pathlib import Path
 from latentwire.checkpoint import layout
 from latentwire.checkpoint.layout import FileRecord, Manifest, Snapshot, TensorFile
 from latentwire.errors import CheckpointError
-from latentwire.run.atomic import fsync_directory, json_safe
+from latentwire.run.atomic import fsync_directory
 
 _CHUNK_BYTES = 8 << 20
 """Hashed and written in one go: small enough to come from the cache the second time."""
@@ -107,9 +106,13 @@ class Writer:
 
 
 def write_state(folder: Path, snapshot: Snapshot) -> FileRecord:
-    """Write state.json."""
-    state = json.dumps(json_safe(snapshot.values), indent=1, sort_keys=True, allow_nan=False) + "\n"
-    return write_file(folder / layout.STATE, [state.encode()])
+    """Write state.json.
+
+    Raises:
+        CheckpointError: it would be more than may be read back.
+        OSError: the disk refused.
+    """
+    return write_file(folder / layout.STATE, [layout.encode_json(snapshot.values, layout.STATE)])
 
 
 def seal(folder: Path, manifest: Manifest) -> None:

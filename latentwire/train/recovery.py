@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import psutil
+
 from latentwire import __version__
 from latentwire.checkpoint import reader
 from latentwire.checkpoint.layout import step_name
@@ -46,8 +48,18 @@ def make_manager(
     )
 
 
-def load_newest(manager: CheckpointManager, run: Run, attempt: Attempt, ranks: Ranks, place: Place) -> Loaded | None:
+def load_newest(
+    manager: CheckpointManager, run: Run, attempt: Attempt, ranks: Ranks, place: Place, state_bytes: int
+) -> Loaded | None:
     """The checkpoint to go on from, the same on every rank; None for a run that never committed. Collective; blocks.
+
+    Args:
+        manager: of this attempt.
+        run: of this attempt.
+        attempt: this one.
+        ranks: all of them, of which 0 chooses.
+        place: where the tensors belong.
+        state_bytes: of the tracked tensors, of which an optimizer may not have all yet.
 
     Raises:
         NoUsableCheckpoint: there was one, and none can be used or all were removed.
@@ -56,7 +68,8 @@ def load_newest(manager: CheckpointManager, run: Run, attempt: Attempt, ranks: R
     """
     loaded = None
     if ranks.rank == 0:
-        loaded = manager.restore(run.deadly_checkpoints(), attempt.mark_restoring, place)
+        most = _most_bytes(state_bytes)
+        loaded = manager.restore(run.deadly_checkpoints(), attempt.mark_restoring, place, most)
         _refuse_to_begin_again(manager, run, loaded)
     step = int(ranks.highest([-1.0 if loaded is None else float(loaded.manifest.step)])[0])
     if loaded is None and step >= 0:
@@ -64,6 +77,11 @@ def load_newest(manager: CheckpointManager, run: Run, attempt: Attempt, ranks: R
     if loaded is not None:
         _check_identity(manager, loaded)
     return loaded
+
+
+def _most_bytes(state_bytes: int) -> int:
+    """What no checkpoint of the run exceeds: far more than any optimizer adds, and what fits here cannot do harm."""
+    return max(16 * state_bytes, psutil.virtual_memory().total)
 
 
 def _refuse_to_begin_again(manager: CheckpointManager, run: Run, loaded: Loaded | None) -> None:

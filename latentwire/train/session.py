@@ -145,7 +145,8 @@ class Session:
             manager.sweep()
         self.ranks.highest([0.0])  # no rank reads before rank 0 has cleaned up
         try:
-            loaded = recovery.load_newest(manager, self.run, self.attempt, self.ranks, self._state.place())
+            place, num_bytes = self._state.place(), self._state.num_bytes()
+            loaded = recovery.load_newest(manager, self.run, self.attempt, self.ranks, place, num_bytes)
             if loaded is not None:
                 self._take_over(loaded)
             # a fresh optimizer has no state yet: AdamW will have twice the parameters
