@@ -91,7 +91,7 @@ def _window(loop: Loop, seconds: float, saver: Engine | None = None) -> Window:
     started = time.perf_counter()
     while time.perf_counter() < started + seconds or (saver is not None and saver.manager.busy):
         if saver is not None and not saver.manager.busy:
-            change(saver.model)
+            saver.change()
             window.stall_s += saver.begin(overlap=True)
             window.saves += 1
         loop.step()

@@ -246,6 +246,7 @@ class Engine:
     """TrainingState, Staging and CheckpointManager as a session uses them; one for all saves."""
 
     def __init__(self, model: nn.Module, folder: Path) -> None:
+        self._model = model
         self._state = TrainingState()
         self._state.track("model", model)
         # it owns the parameters: what only its step changes may be copied beside the next forward pass
@@ -256,6 +257,10 @@ class Engine:
         self.manager = CheckpointManager(
             folder, token=1, version="benchmark", identity={}, fence=lambda: None, event=self._note, keep=1
         )
+
+    def change(self) -> None:
+        """Change the state, so that the next save is another one."""
+        change(self._model)
 
     def begin(self, overlap: bool) -> float:
         """Begin a save of the state as it is now; returns the seconds of stall."""
