@@ -94,7 +94,7 @@ def load(path: Path, threads: int = 4, max_bytes: int | None = None) -> Loaded:
         tensors[group] = {}
         for name in names:
             _add(tensors, group, layout.decode_tensors(contents[name], str(path / name)), path / name)
-    values = layout.parse_json(bytes(contents[layout.STATE]).decode("utf-8", "replace"), str(path / layout.STATE))
+    values = layout.parse_json(bytes(contents[layout.STATE]), str(path / layout.STATE))
     if not isinstance(values, dict):
         raise CheckpointCorrupt(f"{path / layout.STATE} holds no names")
     return Loaded(path, manifest, tensors, values)
@@ -127,8 +127,7 @@ def read_metrics(path: Path) -> dict[str, float]:
 def _read_mark(path: Path) -> Any:
     """verified.json, or None: it stands outside SHA256SUMS, and lost or damaged it costs nothing."""
     try:
-        text = _read_small(path, layout.MAX_MANIFEST_BYTES).decode("utf-8", "replace")
-        return layout.parse_json(text, str(path), layout.MAX_MANIFEST_BYTES)
+        return layout.parse_json(_read_small(path, layout.MAX_MANIFEST_BYTES), str(path))
     except CheckpointCorrupt:
         return None
 
