@@ -24,6 +24,8 @@ from latentwire.checkpoint.layout import step_name
 MODEL = "model-00001-of-00002.safetensors"
 MAX_RSS_KIB = 512 << 10
 
+BOMB_BYTES = layout.MAX_MANIFEST_BYTES
+
 Restore = Callable[[Path], dict[str, Any]]
 
 
@@ -204,8 +206,8 @@ def forge_header(path: Path, header: bytes, body: bytes = b"abc") -> None:
 
 @functools.cache
 def many_names(size: int) -> bytes:
-    """As many as are read, each another, so that all are in memory before it shows that the end is missing."""
-    return b"{" + b",".join(b'"%x":0' % n for n in range(min(size // 12, layout.MAX_JSON_VALUES - 1)))
+    """Each another, and all of them in memory before it shows that the end is missing."""
+    return b"{" + b",".join(b'"%x":0' % n for n in range(size // 12))
 
 
 BOMBS = {
@@ -225,7 +227,7 @@ BOMBS = {
 
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_a_bomb_in_the_manifest(restore: Restore, folder: Path, bomb: str) -> None:
-    forge_manifest(folder / step_name(2), BOMBS[bomb](layout.MAX_MANIFEST_BYTES))
+    forge_manifest(folder / step_name(2), BOMBS[bomb](BOMB_BYTES))
     assert_refused(restore, folder, layout.MANIFEST)
 
 
@@ -236,13 +238,19 @@ def test_a_manifest_of_64_mb(restore: Restore, folder: Path) -> None:
 
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_a_bomb_in_the_state(restore: Restore, folder: Path, bomb: str) -> None:
-    forge(folder / step_name(2) / layout.STATE, BOMBS[bomb](layout.MAX_JSON_BYTES // 2))
+    forge(folder / step_name(2) / layout.STATE, BOMBS[bomb](BOMB_BYTES))
+    assert_refused(restore, folder, layout.STATE)
+
+
+def test_a_state_of_as_many_values_as_are_read(restore: Restore, folder: Path) -> None:
+    """What takes the most memory of all."""
+    forge(folder / step_name(2) / layout.STATE, many_names((layout.MAX_JSON_VALUES - 1) * 12))
     assert_refused(restore, folder, layout.STATE)
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_a_bomb_in_a_header(restore: Restore, folder: Path, bomb: str) -> None:
-    forge_header(folder / step_name(2) / MODEL, BOMBS[bomb](layout.MAX_HEADER_BYTES // 4))
+    forge_header(folder / step_name(2) / MODEL, BOMBS[bomb](BOMB_BYTES))
     assert_refused(restore, folder, MODEL)
 
 

@@ -258,7 +258,7 @@ def test_the_state_reads_back_as_it_was_written(values: dict[str, Any]) -> None:
     assert layout.parse_json(layout.encode_json(values, "here"), "here") == json_safe(values)
 
 
-@pytest.mark.parametrize("values", [[0] * layout.MAX_JSON_VALUES, "x" * layout.MAX_JSON_BYTES])
+@pytest.mark.parametrize("values", [[0] * (layout.MAX_JSON_VALUES + 1), "x" * layout.MAX_JSON_BYTES])
 def test_a_state_that_would_be_refused_is_not_written(values: Any) -> None:
     with pytest.raises(CheckpointError, match="into tensors"):
         layout.encode_json(values, "here")
