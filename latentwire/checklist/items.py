@@ -53,6 +53,17 @@ def kills_pass(code: int, output: str) -> Judgement:
     return passed and kills >= 200, f"{kills} kills, 0 committed checkpoints lost ({summary})"
 
 
+def attacks_pass(code: int, output: str) -> Judgement:
+    """The attacks were refused; the figures are the largest that they printed."""
+    passed, summary = tests_pass(code, output)
+    costs = re.findall(r"refused in ([\d.]+) s of processor time, (\d+) MB", output)
+    if not costs:
+        return False, summary
+    seconds, megabytes = max(float(cost[0]) for cost in costs), max(int(cost[1]) for cost in costs)
+    figure = f"{len(costs)} attacks, each in at most {seconds:.1f} s of processor time and {megabytes} MB"
+    return passed, f"{figure} ({summary})"
+
+
 def loss_falls(code: int, output: str) -> Judgement:
     """The quickstart finished and its evaluation loss fell."""
     figures = [float(figure) for figure in re.findall(r"eval/loss ([\d.]+)", output)]
@@ -144,6 +155,12 @@ ITEMS = (
         "Corrupt, unsafe, torn and foreign checkpoints are found, kept aside and never used",
         _pytest("tests/unit/test_checkpoint.py", "tests/unit/test_layout.py"),
         tests_pass,
+    ),
+    Item(
+        "attacks",
+        "A hostile checkpoint is refused in bounded time and memory, and the one before it taken",
+        _pytest("tests/attacks"),
+        attacks_pass,
     ),
     Item(
         "own-loop",

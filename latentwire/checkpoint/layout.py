@@ -244,15 +244,18 @@ def parse_manifest(text: str, where: str) -> Manifest:
     return manifest
 
 
-def parse_json(text: str, where: str, max_bytes: int = MAX_JSON_BYTES) -> Any:
+def parse_json(text: str | bytes, where: str, max_bytes: int = MAX_JSON_BYTES) -> Any:
     """The value in a text that anybody may have written. Time and memory are bounded, whatever it holds.
 
     Raises:
         CheckpointCorrupt: it is not JSON, is larger or deeper than what we write, or names something twice.
     """
-    if not _is_small(text, max_bytes):
-        raise CheckpointCorrupt(f"{where} holds more than latentwire ever writes")
+    if len(text) > max_bytes:
+        raise CheckpointCorrupt(f"{where} has {len(text)} bytes, more than any that latentwire writes")
     try:
+        text = text if isinstance(text, str) else text.decode()
+        if not _is_small(text, max_bytes):
+            raise ValueError(f"more than {MAX_JSON_VALUES} values")
         return json.loads(text, object_pairs_hook=_each_once, parse_int=_digits)
     except (ValueError, RecursionError) as error:
         raise CheckpointCorrupt(f"{where} is not JSON: {_short(error)}") from None
@@ -422,7 +425,7 @@ def parse_header(text: bytes, body_bytes: int, where: str) -> list[Span]:
         CheckpointCorrupt: the header does not parse, or its offsets do not tile the body exactly.
     """
     try:
-        header = parse_json(text.decode(), where, MAX_HEADER_BYTES)
+        header = parse_json(text, where, MAX_HEADER_BYTES)
         header.pop(METADATA, None)
         if len(header) > MAX_TENSORS:
             raise ValueError(f"{len(header)} tensors are more than latentwire ever writes")

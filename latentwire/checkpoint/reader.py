@@ -129,7 +129,7 @@ def read_values(path: Path, manifest: Manifest) -> dict[str, Any]:
     """
     text = _read_small(path / layout.STATE, layout.MAX_JSON_BYTES)
     _compare(path / layout.STATE, hashlib.sha256(text).hexdigest(), manifest.files[layout.STATE])
-    values = layout.parse_json(text.decode("utf-8", "replace"), str(path / layout.STATE))
+    values = layout.parse_json(text, str(path / layout.STATE))
     if not isinstance(values, dict):
         raise CheckpointCorrupt(f"{path / layout.STATE} holds no names")
     return values
@@ -166,8 +166,7 @@ def read_metrics(path: Path) -> dict[str, float]:
 def _read_mark(path: Path) -> Any:
     """verified.json, or None: it stands outside SHA256SUMS, and lost or damaged it costs nothing."""
     try:
-        text = _read_small(path, layout.MAX_MANIFEST_BYTES).decode("utf-8", "replace")
-        return layout.parse_json(text, str(path), layout.MAX_MANIFEST_BYTES)
+        return layout.parse_json(_read_small(path, layout.MAX_MANIFEST_BYTES), str(path))
     except CheckpointCorrupt:
         return None
 
