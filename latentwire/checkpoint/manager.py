@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import stamina
 
@@ -27,6 +27,9 @@ from latentwire.checkpoint.reader import Loaded
 from latentwire.checkpoint.retention import Kept, to_delete
 from latentwire.errors import CheckpointCorrupt, CheckpointError, CheckpointUnsafe, NoSpace, NoUsableCheckpoint
 from latentwire.run.atomic import fsync_directory, json_safe, read_json, write_json
+
+if TYPE_CHECKING:
+    from latentwire.checkpoint.mirror import Mirror
 
 _SAVING = re.compile(re.escape(layout.SAVING_PREFIX) + r"(\d+)-\d+")
 
@@ -43,6 +46,7 @@ class CheckpointManager:
         event: called as ``event(name, **fields)`` from the saving thread too.
         keep, best_metric, best_mode: retention.
         shard_bytes, threads: how it is written.
+        mirror: where verified checkpoints are copied to, and brought back from.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class CheckpointManager:
         best_mode: Literal["min", "max"] = "min",
         shard_bytes: int = 2 << 30,
         threads: int = 4,
+        mirror: Mirror | None = None,
     ) -> None:
         self.folder = folder
         self.identity = dict(identity)
@@ -71,6 +76,7 @@ class CheckpointManager:
         self._best_mode: Literal["min", "max"] = best_mode
         self._shard_bytes = shard_bytes
         self._threads = threads
+        self._mirror = mirror
         self._saver = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-save")
         self._in_flight: Future[None] | None = None
         self.failure: OSError | None = None
@@ -132,11 +138,17 @@ class CheckpointManager:
             self.wait()
         finally:
             self._saver.shutdown()
+            if self._mirror is not None:
+                self._mirror.stop()
         if self.failure is not None:
             raise CheckpointError(
                 f"the last checkpoint could not be written ({self.failure}); step {self.committed_step} is the newest "
                 f"committed one. Free space or mend the disk under {self.folder}, then resume"
             ) from self.failure
+
+    def wait_for_mirror(self, timeout_s: float) -> bool:
+        """Block until the mirror has what it was given, or could not take it; False if that took too long."""
+        return self._mirror is None or self._mirror.wait(timeout_s)
 
     def check_space(self, num_bytes: int) -> None:
         """Refuse to start where one more checkpoint of that size would not fit.
@@ -167,6 +179,7 @@ class CheckpointManager:
             self._event("save_committed", step=snapshot.step, path=final.name, seconds=round(seconds, 4))
             self._read_back(final)
             self.failure = None
+            self._push(final)
         except OSError as error:
             shutil.rmtree(hidden, ignore_errors=True)
             if not final.exists():
@@ -245,11 +258,18 @@ class CheckpointManager:
         if isinstance(record, dict):
             self._fence()
             write_json(path, record | {"metrics": json_safe(metrics)})
+            self._push(path.parent)
+
+    def _push(self, path: Path) -> None:
+        if self._mirror is not None:
+            self._mirror.push(path)
 
     def _prune(self) -> None:
         """Delete what retention lets go. A disk that refuses is told of; the next save tries again."""
         try:
             for step in to_delete(self._kept(), self._keep, self._best_mode):
+                if self._mirror is not None and self._mirror.is_copying(self.folder / step_name(step)):
+                    continue
                 self._fence()
                 self._delete(self.folder / step_name(step))
                 self._event("checkpoint_pruned", step=step)
@@ -309,7 +329,7 @@ class CheckpointManager:
     ) -> Loaded | None:
         """Load the newest checkpoint that is whole; None where the run has never committed one. Blocks.
 
-        What does not verify is moved to quarantine and the next older one is taken.
+        What does not verify is moved to quarantine and the next older one is taken; where none is left, the mirror's.
 
         Args:
             skip: names of checkpoints that earlier attempts died of: taken only where no other can be used.
@@ -318,6 +338,7 @@ class CheckpointManager:
         Raises:
             NoUsableCheckpoint: there are checkpoints and none can be used. Never starts over in silence.
             CheckpointTooNew: the newest was written by a newer program.
+            MirrorError, CheckpointMismatch: the mirror was needed; it cannot be read, or has another run's checkpoints.
         """
         candidates = self.committed()
         skipped = [path for path in candidates if path.name in skip]
@@ -328,16 +349,29 @@ class CheckpointManager:
             attempting(path.name)
             loaded = self._load(path)
             if loaded is not None:
-                self.committed_step = loaded.manifest.step
-                return loaded
+                return self._go_on_from(loaded)
+        for path in () if self._mirror is None else self._mirror.bring_back(self, skip, attempting):
+            loaded = self._load(path)
+            if loaded is not None:
+                return self._go_on_from(loaded)
         quarantined = self._quarantined()
         if candidates or quarantined:
             raise NoUsableCheckpoint(
-                f"{self.folder} has {len(candidates)} checkpoints and {len(quarantined)} in quarantine, and none can "
+                f"{self.homes} has {len(candidates)} checkpoints and {len(quarantined)} in quarantine, and none can "
                 "be used; the reasons are in `latentwire events`. Put a good copy of one back, or, to begin again at "
-                f"step 0, remove {self.folder}"
+                f"step 0, remove {self.homes}"
             )
         return None
+
+    @property
+    def homes(self) -> str:
+        """Where checkpoints may be, in words."""
+        return str(self.folder) if self._mirror is None else f"{self.folder} (with its mirror {self._mirror.url})"
+
+    def _go_on_from(self, loaded: Loaded) -> Loaded:
+        self.committed_step = loaded.manifest.step
+        self._push(loaded.path)  # the attempt before may have had no time to
+        return loaded
 
     def _load(self, path: Path) -> Loaded | None:
         started = time.monotonic()
