@@ -267,14 +267,15 @@ class CheckpointManager:
     def _prune(self) -> None:
         """Delete what retention lets go. A disk that refuses is told of; the next save tries again."""
         try:
-            for step in to_delete(self._kept(), self._keep, self._best_mode):
-                if self._mirror is not None and self._mirror.is_copying(self.folder / step_name(step)):
-                    continue
-                self._fence()
-                self._delete(self.folder / step_name(step))
-                self._event("checkpoint_pruned", step=step)
+            for path in self.expendable():
+                if self._mirror is None or not self._mirror.is_copying(path):
+                    self.delete(path)
         except OSError as error:
             self._event("prune_failed", error=str(error))
+
+    def expendable(self) -> list[Path]:
+        """The checkpoints that retention lets go, oldest first."""
+        return [self.folder / step_name(step) for step in to_delete(self._kept(), self._keep, self._best_mode)]
 
     def _kept(self) -> list[Kept]:
         kept = []
@@ -288,11 +289,13 @@ class CheckpointManager:
             kept.append(Kept(step, reader.is_verified(path), metrics.get(self._best_metric or "")))
         return kept
 
-    def _delete(self, path: Path) -> None:
+    def delete(self, path: Path) -> None:
         """Out of sight by one rename, then gone: nobody sees half a checkpoint."""
+        self._fence()
         hidden = path.with_name(f"{layout.DELETING_PREFIX}{self._token:04d}-{path.name}")
         os.rename(path, hidden)
         shutil.rmtree(hidden)
+        self._event("checkpoint_pruned", step=layout.parse_step_name(path.name))
 
     # --- recovering -----------------------------------------------------------------------------------------------
 

@@ -40,6 +40,9 @@ from latentwire.tree import differences
 if TYPE_CHECKING:
     from latentwire.checkpoint.manager import CheckpointManager
 
+_STUCK_S = 300.0
+"""A copy of which no piece has moved for so long is not waited for at the end."""
+
 _FOLDER = re.compile(r"step-(\d{8,})\.attempt-(\d{4,})")
 
 
@@ -95,11 +98,12 @@ class Mirror:
         self._keep = keep
         self._best_metric = best_metric
         self._best_mode: Literal["min", "max"] = best_mode
-        self._store = Store(self.url, options, threads, stopped=lambda: self._stopping)
+        self._store = Store(self.url, options, threads, self._on_chunk)
         self._changed = Condition()
         self._waiting: Path | None = None
         self._copying: Path | None = None
         self._stopping = False
+        self._moved_at = 0.0
         self._thread: Thread | None = None
 
     # --- copying ------------------------------------------------------------------------------------------------------
@@ -112,7 +116,7 @@ class Mirror:
         with self._changed:
             if self._stopping:
                 return
-            self._waiting = checkpoint
+            self._waiting, self._moved_at = checkpoint, time.monotonic()
             self._changed.notify_all()
             if self._thread is None:  # a daemon: to leave must never wait for it
                 self._thread = Thread(target=self._work, name="mirror", daemon=True)
@@ -123,12 +127,28 @@ class Mirror:
         return self._copying == checkpoint
 
     def wait(self, timeout_s: float) -> bool:
-        """Block until nothing is being copied or waits to be; False if that took too long."""
+        """Block until nothing is being copied or waits to be, or the copy is stuck; False if that took too long."""
         with self._changed:
-            return self._changed.wait_for(lambda: self._waiting is None and self._copying is None, timeout_s)
+            return self._changed.wait_for(lambda: self._is_idle() or self._is_stuck(), timeout_s)
 
     def stop(self) -> None:
         """Call off what is being copied, without waiting; the next attempt copies what is missing."""
+        if not self._is_idle():
+            self._event("mirror_called_off", path=(self._waiting or self._copying or Path()).name)
+        self._end()
+
+    def _is_idle(self) -> bool:
+        return self._waiting is None and self._copying is None
+
+    def _is_stuck(self) -> bool:
+        return time.monotonic() - self._moved_at > _STUCK_S
+
+    def _on_chunk(self) -> None:
+        if self._stopping:
+            raise Stopped
+        self._moved_at = time.monotonic()
+
+    def _end(self) -> None:
         with self._changed:
             self._stopping, self._waiting = True, None
             self._changed.notify_all()
@@ -138,7 +158,7 @@ class Mirror:
             while (checkpoint := self._next()) is not None:
                 self._copy_and_prune(checkpoint)
         finally:
-            self.stop()  # after a mistake of ours too: nobody may wait for this thread
+            self._end()  # after a mistake of ours too: nobody may wait for this thread
             self._done()
 
     def _next(self) -> Path | None:
@@ -147,6 +167,7 @@ class Mirror:
         with self._changed:
             self._changed.wait_for(lambda: self._waiting is not None or self._stopping)
             self._copying, self._waiting = self._waiting, None
+            self._moved_at = time.monotonic()
             return self._copying
 
     def _done(self) -> None:
@@ -162,7 +183,7 @@ class Mirror:
             return
         except Fenced as fenced:  # the manager meets the same fence and raises
             self._event("mirror_stopped", path=checkpoint.name, reason=str(fenced))
-            self.stop()
+            self._end()
         except (CheckpointError, OSError) as error:
             cure = f"see that {self.url} is there, has space and may be written to; the next checkpoint is the retry"
             self._event("mirror_failed", path=checkpoint.name, error=str(error), cure=cure)

@@ -42,18 +42,18 @@ class Store:
         url: ``file:///folder``, ``s3://bucket/prefix`` or ``gs://bucket/prefix``.
         options: for fsspec: ``endpoint_url`` and the like.
         threads: files copied side by side.
-        stopped: once it is true an upload ends in ``Stopped``.
+        on_chunk: called for every piece that is uploaded; may raise ``Stopped``.
 
     Raises:
         ConfigError: the client of that scheme is not installed.
     """
 
-    def __init__(self, url: str, options: Mapping[str, Any], threads: int, stopped: Callable[[], bool]) -> None:
+    def __init__(self, url: str, options: Mapping[str, Any], threads: int, on_chunk: Callable[[], None]) -> None:
         self.url = url.rstrip("/")
         self._scheme, _, self._root = self.url.partition("://")
         self._options = dict(options)
         self._threads = threads
-        self._stopped = stopped
+        self._on_chunk = on_chunk
         self._patiently = stamina.RetryingCaller(attempts=3, wait_initial=1.0, wait_max=20.0).on(MirrorError)
         module, package = CLIENTS[self._scheme]
         if importlib.util.find_spec(module) is None:
@@ -156,8 +156,7 @@ class Store:
                 self._fs.open(target, "wb", block_size=_CHUNK_BYTES) as theirs,
             ):
                 while chunk := ours.read(_CHUNK_BYTES):
-                    if self._stopped():
-                        raise Stopped
+                    self._on_chunk()
                     digest.update(chunk)
                     theirs.write(chunk)
             if record is not None and digest.hexdigest() != record.sha256:
