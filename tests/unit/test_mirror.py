@@ -287,13 +287,13 @@ def test_brought_back_when_the_copies_here_are_gone(home: Home, tmp_path: Path) 
     assert "step-00000004.attempt-0002" in home.visible()
 
 
-def test_what_is_corrupt_there_is_passed_over(home: Home, tmp_path: Path) -> None:
-    copied(open_manager(tmp_path / "c", mirror=home.mirror(keep=3)), 1, 2, 3)
+def test_what_is_corrupt_there_is_passed_over(folder_home: Home, tmp_path: Path) -> None:
+    copied(open_manager(tmp_path / "c", mirror=folder_home.mirror(keep=3)), 1, 2, 3)
     shutil.rmtree(tmp_path / "c")
-    home.change("step-00000003.attempt-0001/model-00001-of-00002.safetensors", lambda data: data[:-1] + b"!")
-    home.change("step-00000002.attempt-0001/state.json", lambda data: None)
+    folder_home.change("step-00000003.attempt-0001/model-00001-of-00002.safetensors", lambda data: data[:-1] + b"!")
+    folder_home.change("step-00000002.attempt-0001/state.json", lambda data: None)
     told = Events()
-    manager = open_manager(tmp_path / "c", token=2, mirror=home.mirror(token=2, event=told))
+    manager = open_manager(tmp_path / "c", token=2, mirror=folder_home.mirror(token=2, event=told))
     assert_holds(manager.restore(), snapshot(1))
     reasons = [event["reason"] for event in told.named("mirror_skipped")]
     assert ["model-00001-of" in reasons[0], "state.json" in reasons[1]] == [True, True]
