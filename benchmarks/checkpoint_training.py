@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from checkpoint_ways import Engine, change
+from checkpoint_ways import Engine
 from torch import nn
 
 

@@ -62,7 +62,12 @@ def make_run(folder: Path, shape: str) -> Run:
             f"workload.options.{name}.source={folder / name}",
         )
     ]
-    saving = ["checkpoint.interval_s=null", "checkpoint.interval_steps=2", "train.steps=100000", "train.eval_every=null"]
+    saving = [
+        "checkpoint.interval_s=null",
+        "checkpoint.interval_steps=2",
+        "train.steps=100000",
+        "train.eval_every=null",
+    ]
     return create_run(load_config(TOP / f"configs/experiments/{config}.yaml", (*sources, *saving)), folder)
 
 

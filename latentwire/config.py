@@ -138,6 +138,24 @@ class CheckpointSection(Section):
     memory that is free at the start."""
     max_unchanged: Positive = 3
     """After so many saves in a row with the very same weights an alarm is raised."""
+    mirror: Annotated[str, Field(pattern=r"^(file:///|s3://|gs://)[^?#]*[^?#/]$")] | None = None
+    """A second home: verified checkpoints are copied, in the background, to a folder of the run's name under this URL
+    (``file:///folder``, ``s3://bucket/prefix``, ``gs://bucket/prefix``), and brought back when those here are gone."""
+    mirror_keep: Positive = 3
+    """So many copies are kept there, besides the best."""
+    mirror_options: dict[str, Any] = {}
+    """For the store's fsspec client, such as ``{endpoint_url: "https://..."}``; no passwords."""
+
+    @pydantic.field_validator("mirror_options")
+    @classmethod
+    def _no_passwords(cls, options: dict[str, Any]) -> dict[str, Any]:
+        secret = sorted(options.keys() & {"key", "secret", "token", "password", "username"})
+        if secret:
+            raise ValueError(
+                f"{secret[0]} does not belong in a config, which is written to the run's directory: give credentials "
+                "in the environment, or in the files that the store's own tools read"
+            )
+        return options
 
 
 class PreemptionSection(Section):

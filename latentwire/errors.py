@@ -14,7 +14,8 @@
     │   ├── CheckpointTooNew   its format is newer than this program
     │   ├── CheckpointMismatch it belongs to another config or other frozen models
     │   ├── NoUsableCheckpoint checkpoints exist and none can be used
-    │   └── NoSpace            a checkpoint would not fit on the disk
+    │   ├── NoSpace            a checkpoint would not fit on the disk
+    │   └── MirrorError        the second home of the checkpoints cannot be read or written
     ├── WorkloadError          a model, data file or workload class cannot be used
     ├── SchedulerError         a job could not be submitted, found or cancelled
     └── TrainingDiverged       more non-finite or exploding steps than allowed
@@ -83,6 +84,10 @@ class NoUsableCheckpoint(CheckpointError):
 
 class NoSpace(CheckpointError):
     """A checkpoint would not fit on the disk."""
+
+
+class MirrorError(CheckpointError, ConnectionError):
+    """The second home of the checkpoints cannot be read or written; tried again as any failure of the network is."""
 
 
 class WorkloadError(LatentWireError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -41,11 +42,22 @@ def options_model(target: str) -> type[pydantic.BaseModel] | None:
     Raises:
         ConfigError, WorkloadError: as ``load_target``.
     """
-    if target == SCRIPT:
-        return None
-    module, _ = _import_module(target)
-    model = getattr(module, "Options", None)
+    model = _beside(target, "Options")
     return model if isinstance(model, type) and issubclass(model, pydantic.BaseModel) else None
+
+
+def export_config(target: str) -> Callable[..., Any] | None:
+    """The function ``export_config`` that stands beside the target, or None where there is none.
+
+    Raises:
+        ConfigError, WorkloadError: as ``load_target``.
+    """
+    function = _beside(target, "export_config")
+    return function if callable(function) else None
+
+
+def _beside(target: str, name: str) -> Any:
+    return None if target == SCRIPT else getattr(_import_module(target)[0], name, None)
 
 
 def _import_module(target: str) -> tuple[ModuleType, str]:

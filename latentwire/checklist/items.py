@@ -64,6 +64,13 @@ def attacks_pass(code: int, output: str) -> Judgement:
     return passed, f"{figure} ({summary})"
 
 
+def mirror_passes(code: int, output: str) -> Judgement:
+    """The tests of the mirror passed; the figure is the number of kills that one of them printed."""
+    passed, summary = tests_pass(code, output)
+    kills = sum(int(number) for number in re.findall(r"(\d+) kills", output))
+    return passed and kills > 0, f"{kills} kills within a copy, nothing half visible ({summary})"
+
+
 def loss_falls(code: int, output: str) -> Judgement:
     """The quickstart finished and its evaluation loss fell."""
     figures = [float(figure) for figure in re.findall(r"eval/loss ([\d.]+)", output)]
@@ -161,6 +168,12 @@ ITEMS = (
         "A hostile checkpoint is refused in bounded time and memory, and the one before it taken",
         _pytest("tests/attacks"),
         attacks_pass,
+    ),
+    Item(
+        "mirror",
+        "Checkpoints are copied to a second home, whole or invisible, and a run that lost its own goes on from there",
+        _pytest("tests/unit/test_mirror.py", "tests/train/test_second_home.py"),
+        mirror_passes,
     ),
     Item(
         "own-loop",

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import stamina
 
@@ -36,6 +36,9 @@ from latentwire.errors import (
     NoUsableCheckpoint,
 )
 from latentwire.run.atomic import fsync_directory, json_safe, read_json, write_json
+
+if TYPE_CHECKING:
+    from latentwire.checkpoint.mirror import Mirror
 
 _SAVING = re.compile(re.escape(layout.SAVING_PREFIX) + r"(\d+)-.*")
 _MARGIN_S = 2.0
@@ -59,6 +62,7 @@ class CheckpointManager:
         shard_bytes, threads: how it is written.
         max_unchanged: so many saves in a row with the same ``watched`` group raise an alarm.
         watched: the group of tensors that training is to change.
+        mirror: where verified checkpoints are copied to, and brought back from.
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class CheckpointManager:
         threads: int = 8,
         max_unchanged: int = 3,
         watched: str = "model",
+        mirror: Mirror | None = None,
     ) -> None:
         self.folder = folder
         self.identity = dict(identity)
@@ -97,6 +102,7 @@ class CheckpointManager:
         self._num_saves = 0
         self._leave_by: float | None = None
         self._read_back_s = 0.0
+        self._mirror = mirror
         self._saver = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-save")
         self._in_flight: Future[None] | None = None
         self.failure: OSError | CheckpointTorn | None = None
@@ -178,11 +184,17 @@ class CheckpointManager:
             self.wait()
         finally:
             self._saver.shutdown()
+            if self._mirror is not None:
+                self._mirror.stop()
         if self.failure is not None:
             raise CheckpointError(
                 f"the last checkpoint could not be written ({self.failure}); step {self.committed_step} is the newest "
                 f"committed one. Free space or mend the disk under {self.folder}, then resume"
             ) from self.failure
+
+    def wait_for_mirror(self, timeout_s: float) -> bool:
+        """Block until the mirror has what it was given, or could not take it; False if that took too long."""
+        return self._mirror is None or self._mirror.wait(timeout_s)
 
     def check_space(self, num_bytes: int) -> None:
         """Refuse to start where one more checkpoint of that size would not fit.
@@ -229,6 +241,7 @@ class CheckpointManager:
             raise
         else:
             if verified:
+                self._push(final)
                 self._prune()
 
     def _save_share(self, snapshot: Snapshot, hidden: Path) -> None:
@@ -333,16 +346,24 @@ class CheckpointManager:
         if isinstance(record, dict):
             self._fence()
             write_json(path, record | {"metrics": json_safe(metrics)})
+            self._push(path.parent)
+
+    def _push(self, path: Path) -> None:
+        if self._mirror is not None:
+            self._mirror.push(path)
 
     def _prune(self) -> None:
         """Delete what retention lets go. A disk that refuses is told of; the next save tries again."""
         try:
-            for step in to_delete(self._kept(), self._keep, self._best_mode):
-                self._fence()
-                self._delete(self.folder / step_name(step))
-                self._event("checkpoint_pruned", step=step)
+            for path in self.expendable():
+                if self._mirror is None or not self._mirror.is_copying(path):
+                    self.delete(path)
         except OSError as error:
             self._event("prune_failed", error=str(error))
+
+    def expendable(self) -> list[Path]:
+        """The checkpoints that retention lets go, oldest first."""
+        return [self.folder / step_name(step) for step in to_delete(self._kept(), self._keep, self._best_mode)]
 
     def _kept(self) -> list[Kept]:
         kept = []
@@ -356,11 +377,13 @@ class CheckpointManager:
             kept.append(Kept(step, reader.is_verified(path), metrics.get(self._best_metric or "")))
         return kept
 
-    def _delete(self, path: Path) -> None:
+    def delete(self, path: Path) -> None:
         """Out of sight by one rename, then gone: nobody sees half a checkpoint."""
+        self._fence()
         hidden = path.with_name(f"{layout.DELETING_PREFIX}{self._token:04d}-{path.name}")
         os.rename(path, hidden)
         shutil.rmtree(hidden)
+        self._event("checkpoint_pruned", step=layout.parse_step_name(path.name))
 
     # --- recovering -----------------------------------------------------------------------------------------------
 
@@ -401,7 +424,7 @@ class CheckpointManager:
     ) -> Loaded | None:
         """Load the newest checkpoint that is whole; None where the run has never committed one. Blocks.
 
-        What does not verify is moved to quarantine and the next older one is taken.
+        What does not verify is moved to quarantine and the next older one is taken; where none is left, the mirror's.
 
         Args:
             skip: names of checkpoints that earlier attempts died of: taken only where no other can be used.
@@ -412,6 +435,7 @@ class CheckpointManager:
         Raises:
             NoUsableCheckpoint: there are checkpoints and none can be used. Never starts over in silence.
             CheckpointTooNew: the newest was written by a newer program.
+            MirrorError, CheckpointMismatch: the mirror was needed; it cannot be read, or has another run's checkpoints.
         """
         candidates = self.committed()
         skipped = [path for path in candidates if path.name in skip]
@@ -422,16 +446,29 @@ class CheckpointManager:
             attempting(path.name)
             loaded = self._load(path, place, max_bytes)
             if loaded is not None:
-                self.committed_step = loaded.manifest.step
-                return loaded
+                return self._go_on_from(loaded)
+        for path in () if self._mirror is None else self._mirror.bring_back(self, skip, attempting):
+            loaded = self._load(path, place, max_bytes)
+            if loaded is not None:
+                return self._go_on_from(loaded)
         quarantined = self._quarantined()
         if candidates or quarantined:
             raise NoUsableCheckpoint(
-                f"{self.folder} has {len(candidates)} checkpoints and {len(quarantined)} in quarantine, and none can "
+                f"{self.homes} has {len(candidates)} checkpoints and {len(quarantined)} in quarantine, and none can "
                 "be used; the reasons are in `latentwire events`. Put a good copy of one back, or, to begin again at "
-                f"step 0, remove {self.folder}"
+                f"step 0, remove {self.homes}"
             )
         return None
+
+    @property
+    def homes(self) -> str:
+        """Where checkpoints may be, in words."""
+        return str(self.folder) if self._mirror is None else f"{self.folder} (with its mirror {self._mirror.url})"
+
+    def _go_on_from(self, loaded: Loaded) -> Loaded:
+        self.committed_step = loaded.manifest.step
+        self._push(loaded.path)  # the attempt before may have had no time to
+        return loaded
 
     def _load(self, path: Path, place: Place, max_bytes: int | None) -> Loaded | None:
         started = time.monotonic()

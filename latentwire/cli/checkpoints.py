@@ -1,9 +1,8 @@
-"""``latentwire checkpoints``: list, verify and inspect what is committed. Nothing here changes a file."""
+"""``latentwire checkpoints``: list, verify and inspect what is committed, and the commands that do more with it."""
 
 from __future__ import annotations
 
 import collections
-import mmap
 import os
 import sys
 import time
@@ -13,18 +12,24 @@ import typer
 
 from latentwire.cli import DEFAULT_RUNS_DIR
 from latentwire.cli.arguments import RunArgument, RunsDirOption, StepArgument
+from latentwire.cli.chosen import chosen, committed, map_tensors, num_bytes
+from latentwire.cli.comparing import diff
+from latentwire.cli.exporting import export
+from latentwire.cli.pruning import prune
 from latentwire.cli.text import NOTHING, ago, columns, figure, one_line, size, visible
-from latentwire.errors import CheckpointCorrupt, CheckpointError
+from latentwire.errors import CheckpointError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from latentwire.checkpoint.layout import HostTensor, Manifest
-    from latentwire.run.directory import Run
+    from latentwire.checkpoint.layout import Manifest
 
 checkpoints = typer.Typer(
-    name="checkpoints", help="List, verify and inspect the checkpoints of a run.", no_args_is_help=True
+    name="checkpoints", help="List, verify, compare, export and prune the checkpoints of a run.", no_args_is_help=True
 )
+checkpoints.command()(diff)
+checkpoints.command()(export)
+checkpoints.command()(prune)
 
 
 @checkpoints.command("ls")
@@ -35,7 +40,7 @@ def list_all(run: RunArgument, runs_dir: RunsDirOption = DEFAULT_RUNS_DIR) -> No
 
     opened = open_run(run, runs_dir)
     now = time.time()
-    rows = [_row(path, now) for path in _committed(opened).values()]
+    rows = [_row(path, now) for path in committed(opened).values()]
     header = ("checkpoint", "state", "made", "attempt", "size", "metrics")
     print("\n".join(columns([header, *rows])) if rows else f"{one_line(opened.name)} has no checkpoint yet")
     quarantine = opened.checkpoints / QUARANTINE
@@ -53,7 +58,7 @@ def verify(run: RunArgument, step: StepArgument = None, runs_dir: RunsDirOption 
     from latentwire.run.directory import open_run
 
     failed = False
-    for path in _chosen(open_run(run, runs_dir), step):
+    for path in chosen(open_run(run, runs_dir), step):
         started = time.monotonic()
         try:
             manifest = verify_files(path)
@@ -61,7 +66,7 @@ def verify(run: RunArgument, step: StepArgument = None, runs_dir: RunsDirOption 
             failed = True
             print(f"latentwire: {visible(str(error))}", file=sys.stderr)
         else:
-            what = f"{len(manifest.files)} files, {size(_num_bytes(manifest))}"
+            what = f"{len(manifest.files)} files, {size(num_bytes(manifest))}"
             print(f"{path.name}: {what}, every byte as committed ({time.monotonic() - started:.2f} s)")
     if failed:
         raise typer.Exit(1)
@@ -74,7 +79,7 @@ def inspect(run: RunArgument, step: StepArgument = None, runs_dir: RunsDirOption
     from latentwire.checkpoint.reader import is_verified, read_manifest
     from latentwire.run.directory import open_run
 
-    path = _chosen(open_run(run, runs_dir), step)[-1]
+    path = chosen(open_run(run, runs_dir), step)[-1]
     manifest = read_manifest(path)
     facts = [
         ("step", str(manifest.step)),
@@ -91,27 +96,6 @@ def inspect(run: RunArgument, step: StepArgument = None, runs_dir: RunsDirOption
     print("\n" + "\n".join(columns([("group", "tensors", "dtypes", "size", "sha256"), *rows])))
 
 
-def _committed(run: Run) -> dict[int, Path]:
-    """Step -> checkpoint, oldest first."""
-    from latentwire.checkpoint.layout import parse_step_name
-
-    names = os.listdir(run.checkpoints) if run.checkpoints.is_dir() else []
-    steps = {step: run.checkpoints / name for name in names if (step := parse_step_name(name)) is not None}
-    return dict(sorted(steps.items()))
-
-
-def _chosen(run: Run, step: int | None) -> list[Path]:
-    """The checkpoint of a step, or all; never none."""
-    committed = _committed(run)
-    if not committed:
-        raise CheckpointError(f"{run.name} has no checkpoint yet in {run.checkpoints}")
-    if step is None:
-        return list(committed.values())
-    if step not in committed:
-        raise CheckpointError(f"{run.name} has no checkpoint of step {step}; it has: {', '.join(map(str, committed))}")
-    return [committed[step]]
-
-
 def _row(path: Path, now: float) -> tuple[str, ...]:
     from latentwire.checkpoint.reader import is_verified, read_manifest
 
@@ -120,36 +104,19 @@ def _row(path: Path, now: float) -> tuple[str, ...]:
     except CheckpointError as error:
         return (path.name, "BAD", NOTHING, NOTHING, NOTHING, str(error))
     state = "verified" if is_verified(path) else "committed"
-    size_ = size(_num_bytes(manifest))
+    size_ = size(num_bytes(manifest))
     return (path.name, state, ago(manifest.created, now), str(manifest.attempt), size_, _metrics(manifest))
 
 
 def _group_row(path: Path, manifest: Manifest, group: str) -> tuple[str, ...]:
-    tensors = [t for name in manifest.groups[group] for t in _tensors(path / name, manifest.files[name].num_bytes)]
+    tensors = [
+        t for name in manifest.groups[group] for t in map_tensors(path / name, manifest.files[name].num_bytes).values()
+    ]
     dtypes = collections.Counter(tensor.dtype for tensor in tensors)
-    num_bytes = sum(manifest.files[name].num_bytes for name in manifest.groups[group])
+    total = sum(manifest.files[name].num_bytes for name in manifest.groups[group])
     counted = ", ".join(f"{count} {dtype}" for dtype, count in dtypes.most_common())
-    return (group, str(len(tensors)), counted, size(num_bytes), manifest.group_sha256(group) or NOTHING)
-
-
-def _tensors(path: Path, num_bytes: int) -> list[HostTensor]:
-    """The tensors of a file, mapped: of gigabytes only the header is read."""
-    from latentwire.checkpoint.layout import decode_tensors
-
-    try:
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            found = os.fstat(file.fileno()).st_size
-            if found != num_bytes:
-                raise CheckpointCorrupt(f"{path} has {found} bytes, was committed with {num_bytes}")
-            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    except (FileNotFoundError, ValueError):  # an empty file cannot be mapped
-        raise CheckpointCorrupt(f"{path} is missing or empty") from None
-    return list(decode_tensors(data, str(path)).values())
+    return (group, str(len(tensors)), counted, size(total), manifest.group_sha256(group) or NOTHING)
 
 
 def _metrics(manifest: Manifest) -> str:
     return " ".join(f"{name}={figure(value)}" for name, value in manifest.metrics.items()) or NOTHING
-
-
-def _num_bytes(manifest: Manifest) -> int:
-    return sum(record.num_bytes for record in manifest.files.values())

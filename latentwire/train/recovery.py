@@ -11,8 +11,9 @@ from latentwire import __version__
 from latentwire.checkpoint import reader
 from latentwire.checkpoint.layout import step_name
 from latentwire.checkpoint.manager import CheckpointManager
+from latentwire.checkpoint.mirror import Mirror
 from latentwire.checkpoint.reader import Loaded, Place
-from latentwire.config import Config
+from latentwire.config import CheckpointSection, Config
 from latentwire.errors import CheckpointMismatch, NoUsableCheckpoint
 from latentwire.run.budget import committed_step
 from latentwire.run.directory import Attempt, Run
@@ -45,6 +46,24 @@ def make_manager(
         shard_bytes=section.shard_mb << 20,
         threads=section.threads,
         max_unchanged=section.max_unchanged,
+        mirror=_make_mirror(run, attempt, section, event) if ranks.rank == 0 else None,
+    )
+
+
+def _make_mirror(run: Run, attempt: Attempt, section: CheckpointSection, event: Callable[..., Any]) -> Mirror | None:
+    if section.mirror is None:
+        return None
+    return Mirror(
+        section.mirror,
+        run.name,
+        token=attempt.number,
+        fence=attempt.assert_newest,
+        event=event,
+        options=section.mirror_options,
+        keep=section.mirror_keep,
+        best_metric=section.best_metric,
+        best_mode=section.best_mode,
+        threads=section.threads,
     )
 
 
@@ -63,6 +82,7 @@ def load_newest(
 
     Raises:
         NoUsableCheckpoint: there was one, and none can be used or all were removed.
+        MirrorError: none is left here and the mirror cannot be read.
         CheckpointMismatch: it belongs to another config or to other frozen models.
         CheckpointTooNew: it was written by a newer program.
     """
@@ -89,7 +109,7 @@ def _refuse_to_begin_again(manager: CheckpointManager, run: Run, loaded: Loaded 
     committed = max((committed_step(attempt) for attempt in run.attempts()), default=0)
     if loaded is None and committed:
         raise NoUsableCheckpoint(
-            f"step {committed} was committed and {manager.folder} is empty: put the checkpoints back, or, to begin "
+            f"step {committed} was committed and {manager.homes} is empty: put the checkpoints back, or, to begin "
             f"again at step 0, remove {run.path}"
         )
 

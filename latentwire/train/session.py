@@ -52,6 +52,7 @@ from latentwire.train.state import Stateful, TrainingState
 
 _LAST_SAVE_TRIES = 20
 _LAST_SAVE_PAUSE_S = 30.0
+_MIRROR_LOOK_S = 0.5
 
 
 class Session:
@@ -257,7 +258,13 @@ class Session:
                 self.safe_point()
                 time.sleep(0.5)
             self._save("last")
+        self._wait_for_mirror()
         manager.close()
+
+    def _wait_for_mirror(self) -> None:
+        """Let the last copy end; a notice is not kept waiting by it, and the next attempt copies what is missing."""
+        while self.ranks.highest([float(not self.saving.manager.wait_for_mirror(_MIRROR_LOOK_S))])[0]:
+            self.safe_point()
 
     def safe_point(self) -> None:
         """Leave here if the machine is about to be taken away and the step does not fit any more. Every rank together.

@@ -7,7 +7,9 @@ A workload is one class in any importable module::
       options: {...}
 
 A pydantic model named ``Options`` beside the class, where there is one, checks the options when the config is
-loaded; keep that module free of torch at import (load the class lazily) so that the orchestrator stays small.
+loaded; keep that module free of torch at import (load the class lazily) so that the orchestrator stays small. So does a
+function ``export_config(options, shapes)``, where there is one: from the options and the shapes of the weights by name
+it makes the ``config.json`` that ``latentwire checkpoints export`` writes beside them.
 """
 
 from __future__ import annotations

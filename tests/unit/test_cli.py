@@ -184,7 +184,7 @@ def test_help_names_every_command(home: Path) -> None:
     ("command", "options"),
     [
         ("status", "--json --runs-dir"),
-        ("checkpoints", "ls verify inspect"),
+        ("checkpoints", "ls verify inspect diff export prune"),
         ("drill", "--json --keep"),
         ("checklist run", "--only --write"),
     ],

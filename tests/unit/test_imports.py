@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-HEAVY = {"torch", "transformers", "submitit", "pynvml", "numpy", "datasets", "accelerate"}
+HEAVY = {"torch", "transformers", "submitit", "pynvml", "numpy", "datasets", "accelerate", "fsspec", "s3fs"}
 
 
 def modules_after(statement: str) -> set[str]:
@@ -21,7 +21,8 @@ def modules_after(statement: str) -> set[str]:
 @pytest.mark.parametrize(
     "module",
     ["latentwire", "latentwire.run.status", "latentwire.config", "latentwire.preemption.handler",
-     "latentwire.checkpoint.manager", "latentwire.train.agent", "latentwire.monitor", "latentwire.monitor.gpu",
+     "latentwire.checkpoint.manager", "latentwire.checkpoint.mirror", "latentwire.train.agent",
+     "latentwire.monitor", "latentwire.monitor.gpu",
      "latentwire.elastic.planner", "latentwire.errors"],
 )  # fmt: skip
 def test_rooms_without_torch_load_none_of_the_heavy_packages(module: str) -> None:

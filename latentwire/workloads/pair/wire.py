@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -110,6 +113,20 @@ class LatentWire(nn.Module):
         super().__init__()
         self.encoder = ByteEncoder(options, max_source_bytes)
         self.adapters = nn.ModuleDict({name: Adapter(options.d_z, *space) for name, space in spaces.items()})
+
+    @classmethod
+    def from_folder(cls, folder: Path, embedding_rms: Mapping[str, float]) -> LatentWire:
+        """A wire that ``latentwire checkpoints export`` wrote, on the CPU.
+
+        Args:
+            folder: holds config.json and model.safetensors.
+            embedding_rms: by model name, as ``FrozenModel.embedding_rms`` gives it: the frozen models' own.
+        """
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        spaces = {name: (model["hidden_size"], embedding_rms[name]) for name, model in config["models"].items()}
+        wire = cls(WireOptions.model_validate(config["wire"]), config["max_source_bytes"], spaces)
+        wire.load_state_dict(load_file(folder / "model.safetensors"))
+        return wire
 
     def encode(self, source: Tensor) -> Tensor:
         """Bytes (B, S) -> latents (B, latent_len, d_z), float32."""

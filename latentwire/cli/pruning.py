@@ -1,0 +1,52 @@
+"""``latentwire checkpoints prune``: delete what retention lets go, by hand."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import typer
+
+from latentwire.cli import DEFAULT_RUNS_DIR
+from latentwire.cli.arguments import RunArgument, RunsDirOption
+from latentwire.cli.chosen import num_bytes
+from latentwire.cli.text import size
+from latentwire.errors import RunBusy
+
+
+def prune(
+    run: RunArgument,
+    keep: Annotated[int | None, typer.Option("--keep", metavar="N", help="In place of checkpoint.keep.", min=1)] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")] = False,
+    runs_dir: RunsDirOption = DEFAULT_RUNS_DIR,
+) -> None:
+    """Delete all checkpoints but the newest verified ones, the best, and those that are not verified yet."""
+    from latentwire import __version__
+    from latentwire.checkpoint.manager import CheckpointManager
+    from latentwire.checkpoint.reader import read_manifest
+    from latentwire.run.directory import open_run
+    from latentwire.run.status import is_alive
+
+    opened = open_run(run, runs_dir)
+    attempts = opened.attempts()
+    if attempts and attempts[-1].ended() is None and is_alive(attempts[-1], time.time()):
+        raise RunBusy(f"{opened.name} is running and prunes by itself; to change how much: checkpoint.keep=N")
+    section = opened.config().checkpoint
+    manager = CheckpointManager(
+        opened.checkpoints,
+        token=opened.newest_number(),
+        version=__version__,
+        identity={},
+        fence=attempts[-1].assert_newest if attempts else lambda: None,
+        event=lambda *_, **__: None,
+        keep=keep or section.keep,
+        best_metric=section.best_metric,
+        best_mode=section.best_mode,
+    )
+    total = 0
+    for path in manager.expendable():
+        total += (freed := num_bytes(read_manifest(path)))
+        print(f"{path.name}: {size(freed)} {'would be' if dry_run else 'is'} deleted")
+        if not dry_run:
+            manager.delete(path)
+    print(f"{size(total)} {'would be' if dry_run else 'were'} freed" if total else "nothing to delete")
