@@ -26,7 +26,7 @@ from latentwire.checkpoint.layout import Manifest, Snapshot, step_name
 from latentwire.checkpoint.reader import Loaded
 from latentwire.checkpoint.retention import Kept, to_delete
 from latentwire.errors import CheckpointCorrupt, CheckpointError, CheckpointUnsafe, NoSpace, NoUsableCheckpoint
-from latentwire.run.atomic import fsync_directory, json_safe, read_json, write_json
+from latentwire.run.atomic import fsync_directory, json_safe, make_directory, read_json, write_json
 
 _SAVING = re.compile(re.escape(layout.SAVING_PREFIX) + r"(\d+)-\d+")
 
@@ -78,7 +78,7 @@ class CheckpointManager:
         self.committed_step: int | None = None
         """The step of the newest checkpoint that this attempt committed or restored."""
         self._last_save_s: float | None = None
-        folder.mkdir(parents=True, exist_ok=True)
+        make_directory(folder)
 
     # --- saving ---------------------------------------------------------------------------------------------------
 
@@ -158,7 +158,7 @@ class CheckpointManager:
         before = self.committed_step
         try:
             self._fence()
-            self.folder.mkdir(exist_ok=True)  # somebody may have removed it
+            make_directory(self.folder)  # somebody may have removed it
             shutil.rmtree(hidden, ignore_errors=True)
             self._write_and_commit(snapshot, hidden, final)
             seconds = time.monotonic() - started

@@ -54,6 +54,17 @@ def read_json(path: Path) -> Any:
         return None
 
 
+def make_directory(path: Path) -> None:
+    """Make a directory and those above it where they are missing, durably: each new name is fsynced in its parent.
+
+    One that is there already is left alone: whoever made it did the same.
+    """
+    if not path.is_dir():
+        make_directory(path.parent)
+        path.mkdir(exist_ok=True)
+        fsync_directory(path.parent)
+
+
 def fsync_directory(path: Path) -> None:
     """Make the names in a directory durable: a rename is not on disk before its parent is."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
