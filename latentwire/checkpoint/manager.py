@@ -272,6 +272,7 @@ class CheckpointManager:
         """Out of sight by one rename, then gone: nobody sees half a checkpoint."""
         hidden = path.with_name(f"{layout.DELETING_PREFIX}{self._token:04d}-{path.name}")
         os.rename(path, hidden)
+        fsync_directory(self.folder)  # else a power cut may keep the removals and not the rename
         shutil.rmtree(hidden)
 
     # --- recovering -----------------------------------------------------------------------------------------------
