@@ -366,11 +366,12 @@ class CheckpointManager:
         """Move a bad checkpoint out of the way, kept for a look, never used again."""
         self._fence()
         place = self.folder / layout.QUARANTINE / f"{path.name}.attempt-{self._token:04d}-{time.time_ns()}"
-        place.parent.mkdir(exist_ok=True)
+        make_directory(place.parent)
         try:
             os.rename(path, place)
         except FileNotFoundError:  # another rank met it too and was faster
             return
+        fsync_directory(place.parent)  # first: that there was a checkpoint must not be forgotten
         fsync_directory(self.folder)
         self._event("checkpoint_quarantined", path=path.name, moved_to=str(place), reason=reason)
 
