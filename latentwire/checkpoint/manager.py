@@ -201,6 +201,7 @@ class CheckpointManager:
             raise error
         self._fence()
         if final.exists() and not self._replaceable(final):
+            fsync_directory(self.folder)  # whoever renamed it may have died before this
             shutil.rmtree(hidden)
             return
         try:
