@@ -52,10 +52,11 @@ class Recorder:
             return getattr(self, f"_{kind}")(function, *args, **kwargs)
 
     def _path(self, path: Any, dir_fd: int | None) -> str | None:
-        """Relative to the root; None for the root itself and what is outside."""
+        """Relative to the root, which is ``.``; None for what is outside."""
         folder = os.getcwd() if dir_fd is None else os.readlink(f"/proc/self/fd/{dir_fd}")
         whole = os.path.normpath(os.path.join(folder, os.fspath(path)))
-        return whole[len(str(self.root)) + 1 :] if whole.startswith(f"{self.root}/") else None
+        inside = os.path.relpath(whole, self.root)
+        return None if inside.split("/")[0] == ".." else inside
 
     def _note(self, operation: Operation) -> None:
         self.operations.append(operation)
