@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import signal
 
+from pathlib import Path
+
 import pytest
+from fault_matrix import Matrix
+
+_MATRIX = pytest.StashKey[Matrix]()
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Under nohup and the like INT is ignored, and every child would inherit that: ours must hear it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    config.stash[_MATRIX] = Matrix()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -20,3 +26,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="kill a save at least so many times; what exceeds the number of write points is killed at random",
     )
     parser.addoption("--kill-seed", type=int, default=None, help="repeat the random kills of an earlier run")
+    parser.addoption("--matrix", type=Path, help="write what the tests of this session counted into this file")
+
+
+@pytest.fixture(scope="session")
+def matrix(pytestconfig: pytest.Config) -> Matrix:
+    """Where tests count the faults that they survived."""
+    return pytestconfig.stash[_MATRIX]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Write the matrix, where that was asked for and nothing failed."""
+    path = session.config.getoption("--matrix")
+    if path is not None and session.testsfailed == 0:
+        tests = f"{session.testscollected} tests, none failed"
+        session.config.stash[_MATRIX].write(path, tests, session.config._tmp_path_factory.getbasetemp())  # type: ignore[attr-defined]

@@ -133,6 +133,8 @@ class _File:
 
     def after_power_cut(self) -> list[bytes]:
         """Kept, lost, half written, and zeros in the place of what is new."""
+        if self.live == self.durable:
+            return [self.live]
         half = len(self.live) // 2
         torn = self.live[:half] + self.durable[half:]
         padded = self.durable.ljust(len(self.live), b"\0")

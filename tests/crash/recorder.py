@@ -169,6 +169,7 @@ def write_tree(root: Path, tree: Tree) -> None:
     for path in sorted(tree):
         content = tree[path]
         if content is None:
-            (root / path).mkdir()
+            os.mkdir(f"{root}/{path}")
         else:
-            (root / path).write_bytes(content)
+            with open(f"{root}/{path}", "wb") as file:
+                file.write(content)

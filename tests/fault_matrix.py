@@ -1,0 +1,49 @@
+"""The fault matrix of docs/reliability.md: rows that tests counted in this very session, and no others."""
+
+from __future__ import annotations
+
+import collections
+import datetime
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+BEGIN = "<!-- written by `pytest --matrix docs/reliability.md`: begin -->"
+END = "<!-- end -->"
+
+
+class Matrix:
+    """Collects what tests did, once what they assert has held."""
+
+    def __init__(self) -> None:
+        self._times: collections.Counter[tuple[str, str]] = collections.Counter()
+        self._lost: collections.Counter[tuple[str, str]] = collections.Counter()
+
+    def count(self, fault: str, how: str, times: int, lost: int = 0) -> None:
+        """A fault was injected so many times; ``lost`` committed checkpoints were not found, or not whole."""
+        self._times[fault, how] += times
+        self._lost[fault, how] += lost
+
+    def table(self) -> str:
+        """In Markdown."""
+        rows = [f"| {f} | {how} | {times} | {self._lost[f, how]} |" for (f, how), times in self._times.items()]
+        total = f"| **all** | | **{self._times.total()}** | **{self._lost.total()}** |"
+        return "\n".join(["| fault | injected by | times | lost commits |", "|---|---|---|---|", *rows, total])
+
+    def write(self, path: Path, tests: str, disk: Path) -> None:
+        """Put the table between the markers.
+
+        Args:
+            path: the Markdown file.
+            tests: what came of the session, in words.
+            disk: a folder on the file system that the tests used.
+        """
+        text = path.read_text(encoding="utf-8")
+        before, marker, rest = text.partition(BEGIN)
+        _, end, after = rest.partition(END)
+        assert marker and end, f"{path} has no markers {BEGIN} and {END}"
+        kind = subprocess.run(["stat", "-f", "-c", "%T", disk], capture_output=True, text=True, check=True).stdout
+        where = f"{os.cpu_count()} cores, Linux {platform.release()}, files on {kind.strip()} and in memory (/dev/shm)"
+        said = f"{datetime.date.today().isoformat()}; {where}; {tests}."
+        path.write_text(f"{before}{BEGIN}\n{said}\n\n{self.table()}\n{END}{after}", encoding="utf-8")
