@@ -27,6 +27,7 @@ from latentwire.checkpoint.reader import Loaded
 from latentwire.checkpoint.retention import Kept, to_delete
 from latentwire.errors import CheckpointCorrupt, CheckpointError, CheckpointUnsafe, NoSpace, NoUsableCheckpoint
 from latentwire.run.atomic import fsync_directory, json_safe, make_directory, read_json, write_json
+from latentwire.run.disk import told
 
 _SAVING = re.compile(re.escape(layout.SAVING_PREFIX) + r"(\d+)-\d+")
 
@@ -134,8 +135,8 @@ class CheckpointManager:
             self._saver.shutdown()
         if self.failure is not None:
             raise CheckpointError(
-                f"the last checkpoint could not be written ({self.failure}); step {self.committed_step} is the newest "
-                f"committed one. Free space or mend the disk under {self.folder}, then resume"
+                f"the last checkpoint could not be written: {told(self.failure, self.folder)}; then resume. "
+                f"Step {self.committed_step} is the newest committed one"
             ) from self.failure
 
     def check_space(self, num_bytes: int) -> None:
@@ -172,9 +173,8 @@ class CheckpointManager:
             if not final.exists():
                 self.committed_step = before
             self.failure = error
-            self._event(
-                "save_failed", step=snapshot.step, error=str(error), errno=errno.errorcode.get(error.errno or 0)
-            )
+            said = {"error": told(error, self.folder), "errno": errno.errorcode.get(error.errno or 0)}
+            self._event("save_failed", step=snapshot.step, **said)
         except BaseException:
             shutil.rmtree(hidden, ignore_errors=True)
             raise
@@ -226,7 +226,7 @@ class CheckpointManager:
             reader.verify(path, self._threads)
         except CheckpointCorrupt as error:
             self.quarantine(path, str(error))
-            raise OSError(errno.EIO, f"the disk gave back other bytes than were written: {error}", str(path)) from error
+            raise OSError(errno.EIO, f"the disk gave back other bytes than were written ({error})", str(path)) from error
         self.mark_verified(path, seconds=time.monotonic() - started)
 
     def mark_verified(self, path: Path, seconds: float) -> None:
@@ -255,7 +255,7 @@ class CheckpointManager:
                 self._delete(self.folder / step_name(step))
                 self._event("checkpoint_pruned", step=step)
         except OSError as error:
-            self._event("prune_failed", error=str(error))
+            self._event("prune_failed", error=told(error, self.folder))
 
     def _kept(self) -> list[Kept]:
         kept = []
@@ -351,7 +351,7 @@ class CheckpointManager:
             self.quarantine(path, str(error))
             return None
         except OSError as error:
-            self._event("checkpoint_unreadable", path=path.name, error=str(error))
+            self._event("checkpoint_unreadable", path=path.name, error=told(error, path))
             return None
         if not reader.is_verified(path):
             self.mark_verified(path, seconds=time.monotonic() - started)

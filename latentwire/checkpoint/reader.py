@@ -16,6 +16,7 @@ from latentwire.checkpoint import layout
 from latentwire.checkpoint.layout import FileRecord, HostTensor, Manifest
 from latentwire.errors import CheckpointCorrupt, CheckpointUnsafe
 from latentwire.run.atomic import read_json
+from latentwire.run.disk import naming
 
 _CHUNK_BYTES = 16 << 20
 
@@ -114,7 +115,7 @@ def is_verified(path: Path) -> bool:
 def _hash_file(path: Path, expected: FileRecord) -> None:
     digest = hashlib.sha256()
     descriptor = _open(path, expected.num_bytes)
-    with open(descriptor, "rb", buffering=0) as file:
+    with naming(path), open(descriptor, "rb", buffering=0) as file:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
     _compare(path, digest.hexdigest(), expected)
@@ -125,7 +126,7 @@ def _read_file(path: Path, expected: FileRecord) -> memoryview:
     view = memoryview(bytearray(expected.num_bytes))
     digest = hashlib.sha256()
     position = 0
-    with open(descriptor, "rb", buffering=0) as file:
+    with naming(path), open(descriptor, "rb", buffering=0) as file:
         while position < view.nbytes:
             count = file.readinto(view[position : position + _CHUNK_BYTES])
             if not count:
@@ -165,5 +166,5 @@ def _read_small(path: Path) -> bytes:
         raise CheckpointCorrupt(f"{path} is missing") from None
     if size > layout.MAX_JSON_BYTES:
         raise CheckpointCorrupt(f"{path} has {size} bytes, more than any that latentwire writes")
-    with open(_open(path, size), "rb") as file:
+    with naming(path), open(_open(path, size), "rb") as file:
         return file.read()

@@ -18,6 +18,7 @@ from latentwire.checkpoint import layout
 from latentwire.checkpoint.layout import FileRecord, Manifest, Snapshot
 from latentwire.errors import CheckpointError
 from latentwire.run.atomic import fsync_directory, json_safe
+from latentwire.run.disk import naming
 
 _CHUNK_BYTES = 16 << 20
 
@@ -70,19 +71,20 @@ def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> FileRecord:
     """
     digest = hashlib.sha256()
     num_bytes = 0
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-    try:
-        for piece in pieces:
-            view = memoryview(piece).cast("B")
-            for start in range(0, view.nbytes, _CHUNK_BYTES):
-                chunk = view[start : start + _CHUNK_BYTES]
-                digest.update(chunk)
-                _write_all(descriptor, chunk)
-            num_bytes += view.nbytes
-        os.fsync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # the read-back is to meet the disk, not our memory
-    finally:
-        os.close(descriptor)
+    with naming(path):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        try:
+            for piece in pieces:
+                view = memoryview(piece).cast("B")
+                for start in range(0, view.nbytes, _CHUNK_BYTES):
+                    chunk = view[start : start + _CHUNK_BYTES]
+                    digest.update(chunk)
+                    _write_all(descriptor, chunk)
+                num_bytes += view.nbytes
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # the read-back is to meet the disk, not our memory
+        finally:
+            os.close(descriptor)
     return FileRecord(num_bytes, digest.hexdigest())
 
 
