@@ -224,7 +224,7 @@ class CheckpointManager:
         started = time.monotonic()
         try:
             reader.verify(path, self._threads)
-        except CheckpointCorrupt as error:
+        except (CheckpointCorrupt, CheckpointUnsafe) as error:
             self.quarantine(path, str(error))
             raise OSError(errno.EIO, f"the disk gave back other bytes than were written ({error})", str(path)) from error
         self.mark_verified(path, seconds=time.monotonic() - started)
