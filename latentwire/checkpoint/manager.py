@@ -170,7 +170,7 @@ class CheckpointManager:
             self.failure = None
         except OSError as error:
             shutil.rmtree(hidden, ignore_errors=True)
-            if not final.exists():
+            if not os.path.lexists(final):  # unlike Path.exists it raises nothing on a failing disk
                 self.committed_step = before
             self.failure = error
             said = {"error": told(error, self.folder), "errno": errno.errorcode.get(error.errno or 0)}
@@ -245,7 +245,10 @@ class CheckpointManager:
         record = read_json(path)
         if isinstance(record, dict):
             self._fence()
-            write_json(path, record | {"metrics": json_safe(metrics)})
+            try:
+                write_json(path, record | {"metrics": json_safe(metrics)})
+            except OSError as error:  # retention knows less; training goes on
+                self._event("mark_failed", path=path.parent.name, error=told(error, path))
 
     def _prune(self) -> None:
         """Delete what retention lets go. A disk that refuses is told of; the next save tries again."""
@@ -354,7 +357,10 @@ class CheckpointManager:
             self._event("checkpoint_unreadable", path=path.name, error=told(error, path))
             return None
         if not reader.is_verified(path):
-            self.mark_verified(path, seconds=time.monotonic() - started)
+            try:
+                self.mark_verified(path, seconds=time.monotonic() - started)
+            except OSError as error:  # a full disk: what was loaded is whole all the same
+                self._event("mark_failed", path=path.name, error=told(error, path))
         return loaded
 
     def group_sha256(self, group: str) -> str | None:
