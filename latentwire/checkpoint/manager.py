@@ -27,7 +27,7 @@ from latentwire.checkpoint.reader import Loaded
 from latentwire.checkpoint.retention import Kept, to_delete
 from latentwire.errors import CheckpointCorrupt, CheckpointError, CheckpointUnsafe, NoSpace, NoUsableCheckpoint
 from latentwire.run.atomic import fsync_directory, json_safe, make_directory, read_json, write_json
-from latentwire.run.disk import told
+from latentwire.run.disk import naming, told
 
 _SAVING = re.compile(re.escape(layout.SAVING_PREFIX) + r"(\d+)-\d+")
 
@@ -277,7 +277,8 @@ class CheckpointManager:
         hidden = path.with_name(f"{layout.DELETING_PREFIX}{self._token:04d}-{path.name}")
         os.rename(path, hidden)
         fsync_directory(self.folder)  # else a power cut may keep the removals and not the rename
-        shutil.rmtree(hidden)
+        with naming(hidden):
+            shutil.rmtree(hidden)
 
     # --- recovering -----------------------------------------------------------------------------------------------
 

@@ -23,11 +23,11 @@ _CURES = {
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Errors of reading, writing and fsync name no file: give them this one."""
+    """Errors of reading, writing and fsync name no file, those of removing a tree a bare name: give them this one."""
     try:
         yield
     except OSError as error:
-        if error.filename is None:
+        if not os.path.isabs(error.filename or ""):
             error.filename = os.fspath(path)
         raise
 
