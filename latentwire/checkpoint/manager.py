@@ -79,6 +79,7 @@ class CheckpointManager:
         self.committed_step: int | None = None
         """The step of the newest checkpoint that this attempt committed or restored."""
         self._last_save_s: float | None = None
+        self._unreadable: str | None = None
         make_directory(folder)
 
     # --- saving ---------------------------------------------------------------------------------------------------
@@ -325,6 +326,7 @@ class CheckpointManager:
             NoUsableCheckpoint: there are checkpoints and none can be used. Never starts over in silence.
             CheckpointTooNew: the newest was written by a newer program.
         """
+        self._unreadable = None
         candidates = self.committed()
         skipped = [path for path in candidates if path.name in skip]
         for path in skipped:
@@ -337,6 +339,11 @@ class CheckpointManager:
                 self.committed_step = loaded.manifest.step
                 return loaded
         quarantined = self._quarantined()
+        if self._unreadable is not None:
+            raise NoUsableCheckpoint(
+                f"{self.folder} has {len(candidates)} checkpoints and the disk lets none be read: {self._unreadable}. "
+                "Then resume; remove nothing"
+            )
         if candidates or quarantined:
             raise NoUsableCheckpoint(
                 f"{self.folder} has {len(candidates)} checkpoints and {len(quarantined)} in quarantine, and none can "
@@ -355,7 +362,8 @@ class CheckpointManager:
             self.quarantine(path, str(error))
             return None
         except OSError as error:
-            self._event("checkpoint_unreadable", path=path.name, error=told(error, path))
+            self._unreadable = told(error, path)
+            self._event("checkpoint_unreadable", path=path.name, error=self._unreadable)
             return None
         if not reader.is_verified(path):
             try:
