@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,11 @@ def test_a_fault_at_any_call_of_a_recovery_loses_nothing(
 ) -> None:
     call = {"EIO": "read", "EMFILE": "open"}[error]
     events = events_of(start(faulty_disk, run, what="read", calls=[call], error=error))
-    assert named(events, "checkpoint_unreadable")
+    [refusal] = named(events, "nothing_usable")
+    cure = {"EIO": "dmesg", "EMFILE": "ulimit -n"}[error]
+    for event in [*named(events, "checkpoint_unreadable"), refusal]:
+        assert f"{run.checkpoints}/step-" in event["error"]
+        assert cure in event["error"]
     matrix.count(f"{error} on {call}, in a recovery", HOW, struck(events))
 
 
@@ -96,7 +101,7 @@ def test_a_fault_at_any_call_of_a_recovery_loses_nothing(
     ("fault", "calls", "error", "delay_us"),
     [
         ("short writes", ["write"], "short", 0),
-        ("a slow disk: 2 ms a write, 10 ms an fsync", ["write", "fsync"], "", 2000),
+        ("a slow disk: 2 ms for each write and fsync", ["write", "fsync"], "", 2000),
         ("a clock that jumps by up to 400 days", ["clock"], "", 0),
     ],
 )
@@ -110,27 +115,37 @@ def test_a_bad_disk_or_clock_fails_no_save(
 
 def test_of_several_processes_on_one_run_the_newest_goes_on(faulty_disk: Path, run: Run, matrix: Matrix) -> None:
     """Each is started while the one before it saves; a slow disk lets their saves overlap."""
-    how: dict[str, Any] = {"what": "rival", "calls": ["write", "rename"], "error": "", "delay_us": 2000}
     announced = 0
-    processes = [start(faulty_disk, run, **how)]
-    for _ in range(NUM_RIVALS):
-        older, newer = processes[-1], start(faulty_disk, run, **how)
-        processes.append(newer)
-        restored = read_until(newer, "restored", 1)[-1]["step"]
-        said = events_of(older)
-        assert said[-1]["event"] == "fenced"
-        steps = [event["step"] for event in named(said, "save_committed")]
-        announced = max([announced, *steps])
-        assert restored >= announced, "what the older one announced, the newer one found"
-        read_until(newer, "save_committed", 2)
-    run.claim_attempt(job_id="2", scheduler="local")  # fences the last
-    last = events_of(processes[-1])
-    announced = max([announced, *(event["step"] for event in named(last, "save_committed"))])
+    with ExitStack() as ended:
+
+        def rival() -> subprocess.Popen[str]:
+            how: dict[str, Any] = {"what": "rival", "calls": ["write", "rename"], "error": "", "delay_us": 2000}
+            process = start(faulty_disk, run, **how)
+            ended.callback(process.kill)
+            return process
+
+        older = rival()
+        for _ in range(NUM_RIVALS):
+            read_until(older, "save_committed", 2)
+            newer = rival()
+            restored = read_until(newer, "restored", 1)[-1]["step"]
+            announced = max(announced, last_step_of(older))
+            assert restored >= announced, "what the older one announced, the newer one found"
+            older = newer
+        run.claim_attempt(job_id="2", scheduler="local")  # fences the last
+        announced = max(announced, last_step_of(older))
     manager = open_manager(run.checkpoints, token=99)
     assert_holds(manager.restore(), snapshot(announced))
     for path in manager.committed():
         assert_sound(path)
     matrix.count("a second process saves into the same run", "real processes", NUM_RIVALS + 1)
+
+
+def last_step_of(superseded: subprocess.Popen[str]) -> int:
+    """The last step that it announced; waits for its end."""
+    said = events_of(superseded)
+    assert said[-1]["event"] == "fenced"
+    return max((event["step"] for event in named(said, "save_committed")), default=0)
 
 
 def read_until(process: subprocess.Popen[str], name: str, times: int) -> list[dict[str, Any]]:
