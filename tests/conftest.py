@@ -35,9 +35,10 @@ def matrix(pytestconfig: pytest.Config) -> Matrix:
     return pytestconfig.stash[_MATRIX]
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Write the matrix, where that was asked for and nothing failed."""
-    path = session.config.getoption("--matrix")
-    if path is not None and session.testsfailed == 0:
-        tests = f"{session.testscollected} tests, none failed"
-        session.config.stash[_MATRIX].write(path, tests, session.config._tmp_path_factory.getbasetemp())  # type: ignore[attr-defined]
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print the matrix's total; with ``--matrix`` write the rows, where nothing failed."""
+    matrix, path = config.stash[_MATRIX], config.getoption("--matrix")
+    if matrix.num_faults:
+        terminalreporter.write_line(f"**{matrix.num_faults} faults, {matrix.num_lost} lost commits**")
+    if path is not None and not terminalreporter.stats.keys() & {"failed", "error"}:
+        matrix.write(path, f"{len(terminalreporter.stats['passed'])} tests, none failed")

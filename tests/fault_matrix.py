@@ -7,6 +7,7 @@ import datetime
 import os
 import platform
 import subprocess
+import tempfile
 from pathlib import Path
 
 BEGIN = "<!-- written by `pytest --matrix docs/reliability.md`: begin -->"
@@ -25,25 +26,32 @@ class Matrix:
         self._times[fault, how] += times
         self._lost[fault, how] += lost
 
+    @property
+    def num_faults(self) -> int:
+        """All of them."""
+        return self._times.total()
+
+    @property
+    def num_lost(self) -> int:
+        """Committed checkpoints that a fault took."""
+        return self._lost.total()
+
     def table(self) -> str:
         """In Markdown."""
         rows = [f"| {f} | {how} | {times} | {self._lost[f, how]} |" for (f, how), times in self._times.items()]
-        total = f"| **all** | | **{self._times.total()}** | **{self._lost.total()}** |"
+        total = f"| **all** | | **{self.num_faults}** | **{self.num_lost}** |"
         return "\n".join(["| fault | injected by | times | lost commits |", "|---|---|---|---|", *rows, total])
 
-    def write(self, path: Path, tests: str, disk: Path) -> None:
-        """Put the table between the markers.
-
-        Args:
-            path: the Markdown file.
-            tests: what came of the session, in words.
-            disk: a folder on the file system that the tests used.
-        """
+    def write(self, path: Path, tests: str) -> None:
+        """Put the table between the markers of a Markdown file; ``tests``: what came of the session, in words."""
         text = path.read_text(encoding="utf-8")
         before, marker, rest = text.partition(BEGIN)
         _, end, after = rest.partition(END)
         assert marker and end, f"{path} has no markers {BEGIN} and {END}"
-        kind = subprocess.run(["stat", "-f", "-c", "%T", disk], capture_output=True, text=True, check=True).stdout
-        where = f"{os.cpu_count()} cores, Linux {platform.release()}, files on {kind.strip()} and in memory (/dev/shm)"
+        df = subprocess.run(
+            ["df", "--output=fstype", tempfile.gettempdir()], capture_output=True, text=True, check=True
+        )
+        kind = df.stdout.split()[-1]
+        where = f"{os.cpu_count()} cores, Linux {platform.release()}, files on {kind} and in memory (/dev/shm)"
         said = f"{datetime.date.today().isoformat()}; {where}; {tests}."
         path.write_text(f"{before}{BEGIN}\n{said}\n\n{self.table()}\n{END}{after}", encoding="utf-8")
