@@ -47,7 +47,7 @@ class Matrix:
         text = path.read_text(encoding="utf-8")
         before, marker, rest = text.partition(BEGIN)
         _, end, after = rest.partition(END)
-        assert marker and end, f"{path} has no markers {BEGIN} and {END}"
+        assert (marker, end) == (BEGIN, END), f"{path} has no markers {BEGIN} and {END}"
         df = subprocess.run(
             ["df", "--output=fstype", tempfile.gettempdir()], capture_output=True, text=True, check=True
         )

@@ -227,7 +227,9 @@ class CheckpointManager:
             reader.verify(path, self._threads)
         except (CheckpointCorrupt, CheckpointUnsafe) as error:
             self.quarantine(path, str(error))
-            raise OSError(errno.EIO, f"the disk gave back other bytes than were written ({error})", str(path)) from error
+            raise OSError(
+                errno.EIO, f"the disk gave back other bytes than were written ({error})", str(path)
+            ) from error
         self.mark_verified(path, seconds=time.monotonic() - started)
 
     def mark_verified(self, path: Path, seconds: float) -> None:

@@ -82,7 +82,9 @@ def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> FileRecord:
                     _write_all(descriptor, chunk)
                 num_bytes += view.nbytes
             os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # the read-back is to meet the disk, not our memory
+            os.posix_fadvise(
+                descriptor, 0, 0, os.POSIX_FADV_DONTNEED
+            )  # the read-back is to meet the disk, not our memory
         finally:
             os.close(descriptor)
     return FileRecord(num_bytes, digest.hexdigest())

@@ -1,4 +1,4 @@
-"""Records what real code does to a folder, in the words of posix_disk.py. It knows the functions of ``os``, no names."""
+"""Records what real code does to a folder, in the words of posix_disk.py. It knows the functions of ``os`` only."""
 
 from __future__ import annotations
 
@@ -116,9 +116,7 @@ class Recorder:
 
     # --- names ----------------------------------------------------------------------------------------------------
 
-    def _mkdir(
-        self, function: Callable[..., None], path: Any, mode: int = 0o777, *, dir_fd: int | None = None
-    ) -> None:
+    def _mkdir(self, function: Callable[..., None], path: Any, mode: int = 0o777, *, dir_fd: int | None = None) -> None:
         function(path, mode, dir_fd=dir_fd)
         self._named(Mkdir, self._path(path, dir_fd))
 

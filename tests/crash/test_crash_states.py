@@ -1,4 +1,4 @@
-"""Every state that a power cut may leave, of every moment of saving, rotating and recovering: nothing committed is lost.
+"""Every state that a power cut may leave, at every moment of a save, a rotation, a recovery: nothing committed is lost.
 
 The real manager's operations are recorded once; the model of posix_disk.py says what a power cut at each of them may
 leave; a new attempt then opens each of these folders, for real.

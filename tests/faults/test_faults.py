@@ -1,7 +1,7 @@
-"""Faults of the disk under a real process that trains: nothing committed is lost, the error says what to do, it goes on.
+"""Faults of the disk under a real process that trains: nothing committed is lost, and training goes on.
 
-The process asserts after each fault that the newest announced checkpoint is found, whole, and that the next save is made;
-see faulty_training.py. The faults come from libc's own calls, made to fail by faulty_disk.c.
+The process asserts after each fault that the newest announced checkpoint is found, whole, and that the next save is
+made; see faulty_training.py. The faults come from libc's own calls, made to fail by faulty_disk.c.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every call of ``os`` that changes the disk goes past one watcher, which may count it, record it, or kill before it."""
+"""Every call of ``os`` that changes the disk goes past one watcher, which may count, record or kill."""
 
 from __future__ import annotations
 
