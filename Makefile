@@ -5,7 +5,7 @@ RUNS ?= runs
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: run install quickstart test test-fast test-slurm cluster cluster-down lint drill checklist clean
+.PHONY: run install quickstart test test-fast test-slurm nightly cluster cluster-down lint drill checklist clean
 
 run: $(INSTALLED) quickstart
 
@@ -23,12 +23,18 @@ quickstart: $(INSTALLED)
 test: test-fast test-slurm
 
 test-fast: $(INSTALLED)
+	@sh tests/faults/install.sh
 	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm"
 
 # These tests wait more than they work, so several run side by side, each process with a Slurm of its own.
 test-slurm: $(INSTALLED)
 	@sh tests/slurm/install.sh
 	$(BIN)/python -m pytest -n 3 --dist loadfile --timeout 900 -m "slurm and not slow" tests/slurm
+
+# Writes the fault matrix; 1,000 kills instead of 200. For a night, or before a release.
+nightly: $(INSTALLED)
+	@sh tests/faults/install.sh
+	$(BIN)/python -m pytest tests/crash tests/faults tests/unit/test_checkpoint_kill.py --kills 1000 --matrix docs/reliability.md
 
 cluster: $(INSTALLED)
 	@$(BIN)/python tests/slurm/cluster.py up build/cluster

@@ -71,6 +71,21 @@ def mirror_passes(code: int, output: str) -> Judgement:
     return passed and kills > 0, f"{kills} kills within a copy, nothing half visible ({summary})"
 
 
+def states_pass(code: int, output: str) -> Judgement:
+    """The tests of power cuts passed; the figure is the number of states that they printed."""
+    passed, summary = tests_pass(code, output)
+    states = sum(int(number) for number in re.findall(r"^(\d+) states", output, re.MULTILINE))
+    return passed and states > 2000, f"{states} states of the disk, 0 committed checkpoints lost ({summary})"
+
+
+def faults_pass(code: int, output: str) -> Judgement:
+    """The tests of faults passed; the figure is the total of the matrix that they wrote."""
+    passed, summary = tests_pass(code, output)
+    totals = re.findall(r"^\*\*(\d+) faults, (\d+) lost commits\*\*$", output, re.MULTILINE)
+    struck, lost = map(int, totals[-1]) if totals else (0, 0)
+    return passed and struck > 0 and lost == 0, f"{struck} faults struck, {lost} committed checkpoints lost ({summary})"
+
+
 def loss_falls(code: int, output: str) -> Judgement:
     """The quickstart finished and its evaluation loss fell."""
     figures = [float(figure) for figure in re.findall(r"eval/loss ([\d.]+)", output)]
@@ -156,6 +171,18 @@ ITEMS = (
         "SIGKILL at every write point of a save loses no committed checkpoint",
         _pytest("tests/unit/test_checkpoint_kill.py"),
         kills_pass,
+    ),
+    Item(
+        "crash-states",
+        "No power cut at any operation of a save, a deletion or a recovery leaves a disk that loses a commit",
+        _pytest("tests/crash"),
+        states_pass,
+    ),
+    Item(
+        "faults",
+        "Disks that are full, fail, stall or rot, clocks that jump, two processes on one run: no commit is lost",
+        _pytest("tests/faults"),
+        faults_pass,
     ),
     Item(
         "checkpoints",

@@ -35,7 +35,8 @@ from latentwire.errors import (
     NoSpace,
     NoUsableCheckpoint,
 )
-from latentwire.run.atomic import fsync_directory, json_safe, read_json, write_json
+from latentwire.run.atomic import fsync_directory, json_safe, make_directory, read_json, write_json
+from latentwire.run.disk import naming, told
 
 if TYPE_CHECKING:
     from latentwire.checkpoint.mirror import Mirror
@@ -110,7 +111,8 @@ class CheckpointManager:
         self.committed_step: int | None = None
         """The step of the newest checkpoint that this attempt committed or restored."""
         self._last_save_s: float | None = None
-        folder.mkdir(parents=True, exist_ok=True)
+        self._unreadable: str | None = None
+        make_directory(folder)
 
     # --- saving ---------------------------------------------------------------------------------------------------
 
@@ -188,9 +190,12 @@ class CheckpointManager:
                 self._mirror.stop()
         if self.failure is not None:
             raise CheckpointError(
-                f"the last checkpoint could not be written ({self.failure}); step {self.committed_step} is the newest "
-                f"committed one. Free space or mend the disk under {self.folder}, then resume"
+                f"the last checkpoint could not be written: {self._said(self.failure)}; then resume. "
+                f"Step {self.committed_step} is the newest committed one"
             ) from self.failure
+
+    def _said(self, failure: OSError | CheckpointTorn) -> str:
+        return told(failure, self.folder) if isinstance(failure, OSError) else str(failure)
 
     def wait_for_mirror(self, timeout_s: float) -> bool:
         """Block until the mirror has what it was given, or could not take it; False if that took too long."""
@@ -215,7 +220,7 @@ class CheckpointManager:
         before = self.committed_step
         try:
             self._fence()
-            self.folder.mkdir(exist_ok=True)  # somebody may have removed it
+            make_directory(self.folder)  # somebody may have removed it
             self._write_and_commit(snapshot, hidden, final)
             seconds = time.monotonic() - started
             self._last_save_s = seconds
@@ -229,13 +234,12 @@ class CheckpointManager:
             self._event("save_torn", step=snapshot.step, error=str(error))
         except OSError as error:
             shutil.rmtree(hidden, ignore_errors=True)
-            if not final.exists():
+            if not os.path.lexists(final):  # unlike Path.exists it raises nothing on a failing disk
                 self.committed_step = before
             self.failure = error
             self._writer.forget()
-            self._event(
-                "save_failed", step=snapshot.step, error=str(error), errno=errno.errorcode.get(error.errno or 0)
-            )
+            said = {"error": told(error, self.folder), "errno": errno.errorcode.get(error.errno or 0)}
+            self._event("save_failed", step=snapshot.step, **said)
         except BaseException:
             shutil.rmtree(hidden, ignore_errors=True)
             raise
@@ -247,7 +251,7 @@ class CheckpointManager:
     def _save_share(self, snapshot: Snapshot, hidden: Path) -> None:
         """The part of a rank other than 0. What the disk refuses is told to rank 0, which has the say."""
         try:
-            hidden.mkdir(parents=True, exist_ok=True)
+            hidden.mkdir(exist_ok=True)
             mine = [file for file in self._writer.plan(snapshot, self._world_size) if file.rank == self._rank]
             snapshot.settle()
             shares.tell_written(hidden, self._rank, self._writer.write(hidden, snapshot, mine))
@@ -267,6 +271,8 @@ class CheckpointManager:
             raise error
         self._fence()
         if final.exists() and not self._replaceable(final):
+            fsync_directory(self.folder)  # whoever renamed it may have died before this
+            self._writer.forget()  # that one may hold other bytes than ours
             shutil.rmtree(hidden)
             return
         try:
@@ -321,9 +327,11 @@ class CheckpointManager:
         except reader.Interrupted:
             self._event("read_back_skipped", step=layout.parse_step_name(path.name), path=path.name)
             return False
-        except CheckpointCorrupt as error:
+        except (CheckpointCorrupt, CheckpointUnsafe) as error:
             self.quarantine(path, str(error))
-            raise OSError(errno.EIO, f"the disk gave back other bytes than were written: {error}", str(path)) from error
+            raise OSError(
+                errno.EIO, f"the disk gave back other bytes than were written ({error})", str(path)
+            ) from error
         self._read_back_s = time.monotonic() - started
         self._writer.verified(path)
         self.mark_verified(path, seconds=self._read_back_s)
@@ -345,7 +353,10 @@ class CheckpointManager:
         record = read_json(path)
         if isinstance(record, dict):
             self._fence()
-            write_json(path, record | {"metrics": json_safe(metrics)})
+            try:
+                write_json(path, record | {"metrics": json_safe(metrics)})
+            except OSError as error:  # retention knows less; training goes on
+                self._event("mark_failed", path=path.parent.name, error=told(error, path))
             self._push(path.parent)
 
     def _push(self, path: Path) -> None:
@@ -359,7 +370,7 @@ class CheckpointManager:
                 if self._mirror is None or not self._mirror.is_copying(path):
                     self.delete(path)
         except OSError as error:
-            self._event("prune_failed", error=str(error))
+            self._event("prune_failed", error=told(error, self.folder))
 
     def expendable(self) -> list[Path]:
         """The checkpoints that retention lets go, oldest first."""
@@ -382,7 +393,9 @@ class CheckpointManager:
         self._fence()
         hidden = path.with_name(f"{layout.DELETING_PREFIX}{self._token:04d}-{path.name}")
         os.rename(path, hidden)
-        shutil.rmtree(hidden)
+        fsync_directory(self.folder)  # else a power cut may keep the removals and not the rename
+        with naming(hidden):
+            shutil.rmtree(hidden)
         self._event("checkpoint_pruned", step=layout.parse_step_name(path.name))
 
     # --- recovering -----------------------------------------------------------------------------------------------
@@ -437,6 +450,7 @@ class CheckpointManager:
             CheckpointTooNew: the newest was written by a newer program.
             MirrorError, CheckpointMismatch: the mirror was needed; it cannot be read, or has another run's checkpoints.
         """
+        self._unreadable = None
         candidates = self.committed()
         skipped = [path for path in candidates if path.name in skip]
         for path in skipped:
@@ -452,6 +466,11 @@ class CheckpointManager:
             if loaded is not None:
                 return self._go_on_from(loaded)
         quarantined = self._quarantined()
+        if self._unreadable is not None:
+            raise NoUsableCheckpoint(
+                f"{self.folder} has {len(candidates)} checkpoints and the disk lets none be read: {self._unreadable}. "
+                "Then resume; remove nothing"
+            )
         if candidates or quarantined:
             raise NoUsableCheckpoint(
                 f"{self.homes} has {len(candidates)} checkpoints and {len(quarantined)} in quarantine, and none can "
@@ -480,10 +499,14 @@ class CheckpointManager:
             self.quarantine(path, str(error))
             return None
         except OSError as error:
-            self._event("checkpoint_unreadable", path=path.name, error=str(error))
+            self._unreadable = told(error, path)
+            self._event("checkpoint_unreadable", path=path.name, error=self._unreadable)
             return None
         if not reader.is_verified(path):
-            self.mark_verified(path, seconds=time.monotonic() - started)
+            try:
+                self.mark_verified(path, seconds=time.monotonic() - started)
+            except OSError as error:  # a full disk: what was loaded is whole all the same
+                self._event("mark_failed", path=path.name, error=told(error, path))
         return loaded
 
     def group_sha256(self, group: str) -> str | None:
@@ -496,11 +519,12 @@ class CheckpointManager:
         """Move a bad checkpoint out of the way, kept for a look, never used again."""
         self._fence()
         place = self.folder / layout.QUARANTINE / f"{path.name}.attempt-{self._token:04d}-{time.time_ns()}"
-        place.parent.mkdir(exist_ok=True)
+        make_directory(place.parent)
         try:
             os.rename(path, place)
         except FileNotFoundError:  # another rank met it too and was faster
             return
+        fsync_directory(place.parent)  # first: that there was a checkpoint must not be forgotten
         fsync_directory(self.folder)
         self._event("checkpoint_quarantined", path=path.name, moved_to=str(place), reason=reason)
 

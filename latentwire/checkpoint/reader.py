@@ -16,6 +16,7 @@ from typing import Any
 from latentwire.checkpoint import layout
 from latentwire.checkpoint.layout import Destination, FileRecord, HostTensor, Manifest, Span
 from latentwire.errors import CheckpointCorrupt, CheckpointUnsafe
+from latentwire.run.disk import naming
 
 _CHUNK_BYTES = 8 << 20
 
@@ -194,7 +195,7 @@ def _look_round(path: Path) -> None:
 
 def _hash_file(path: Path, expected: FileRecord, in_time: Callable[[], bool] = lambda: True) -> None:
     digest = hashlib.sha256()
-    with open(_open(path, expected.num_bytes), "rb", buffering=0) as file:
+    with naming(path), open(_open(path, expected.num_bytes), "rb", buffering=0) as file:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
             if not in_time():
@@ -206,7 +207,7 @@ def _read_tensors(path: Path, expected: FileRecord, place: Callable[[Span], Dest
     """The tensors of a file. Its header is used before the digest is known, so that it may be a hostile one."""
     digest = hashlib.sha256()
     tensors = {}
-    with open(_open(path, expected.num_bytes), "rb", buffering=0) as file:
+    with naming(path), open(_open(path, expected.num_bytes), "rb", buffering=0) as file:
         first = bytearray(min(8, expected.num_bytes))
         _read_into(file, path, memoryview(first), digest)
         header = bytearray(layout.header_bytes(bytes(first), expected.num_bytes, str(path)))
@@ -259,5 +260,5 @@ def _read_small(path: Path, max_bytes: int) -> bytes:
         raise CheckpointCorrupt(f"{path} is missing") from None
     if size > max_bytes:
         raise CheckpointCorrupt(f"{path} has {size} bytes, more than any that latentwire writes")
-    with open(_open(path, size), "rb") as file:
+    with naming(path), open(_open(path, size), "rb") as file:
         return file.read(size)

@@ -18,6 +18,7 @@ from latentwire.checkpoint import layout
 from latentwire.checkpoint.layout import FileRecord, Manifest, Snapshot, TensorFile
 from latentwire.errors import CheckpointError
 from latentwire.run.atomic import fsync_directory
+from latentwire.run.disk import naming
 
 _CHUNK_BYTES = 8 << 20
 """Hashed and written in one go: small enough to come from the cache the second time."""
@@ -85,8 +86,8 @@ class Writer:
         self._linkable = {n: dataclasses.replace(written, path=folder / n) for n, written in self._written.items()}
 
     def forget(self) -> None:
-        """The disk is not to be trusted: write everything anew."""
-        self._linkable = {}
+        """What was written last is not to be linked to: write everything anew."""
+        self._written, self._linkable = {}, {}
 
     def _write_or_link(self, folder: Path, snapshot: Snapshot, file: TensorFile) -> FileRecord:
         def pieces() -> Iterator[bytes | memoryview]:
@@ -129,6 +130,11 @@ def write_file(path: Path, pieces: Pieces) -> FileRecord:
     Raises:
         OSError: the disk refused, or the file exists.
     """
+    with naming(path):
+        return _write_file(path, pieces)
+
+
+def _write_file(path: Path, pieces: Pieces) -> FileRecord:
     digest = hashlib.sha256()
     num_bytes = num_flushed = 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)

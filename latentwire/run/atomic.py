@@ -7,8 +7,11 @@ import math
 import os
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from latentwire.run.disk import naming
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -24,13 +27,14 @@ def write_text(path: Path, text: str) -> None:
     """Replace ``path`` by ``text``, whole or not at all, durably."""
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        with open(aside, "x", encoding="utf-8") as file:
+        with naming(aside), open(aside, "x", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
     except BaseException:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):  # the first error says more
+            aside.unlink(missing_ok=True)
         raise
     fsync_directory(path.parent)
 
@@ -54,10 +58,22 @@ def read_json(path: Path) -> Any:
         return None
 
 
+def make_directory(path: Path) -> None:
+    """Make a directory and those above it where they are missing, durably: each new name is fsynced in its parent.
+
+    One that is there already is left alone: whoever made it did the same.
+    """
+    if not path.is_dir():
+        make_directory(path.parent)
+        path.mkdir(exist_ok=True)
+        fsync_directory(path.parent)
+
+
 def fsync_directory(path: Path) -> None:
     """Make the names in a directory durable: a rename is not on disk before its parent is."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentwire.errors import Fenced, RunConflict, RunError, RunNotFound
-from latentwire.run.atomic import fsync_directory, read_json, write_json, write_text
+from latentwire.run.atomic import fsync_directory, make_directory, read_json, write_json, write_text
 from latentwire.run.journal import read_journal, time_of
 from latentwire.run.process import ProcessIdentity
 
@@ -121,7 +121,7 @@ class Run:
             Fenced: somebody else has claimed an attempt since ``after``.
         """
         parent = self.path / "attempts"
-        parent.mkdir(exist_ok=True)
+        make_directory(parent)
         aside = parent / f".claim-{uuid.uuid4().hex[:12]}"
         aside.mkdir()
         number = (self.newest_number() if after is None else after.number) + 1
@@ -293,7 +293,7 @@ def create_run(config: Config, runs_dir: Path) -> Run:
     """
     run = run_of(config, runs_dir)
     try:
-        run.path.mkdir(parents=True, exist_ok=True)
+        make_directory(run.path)
         if refuse_another_identity(run, config) and run.config() == config:
             return run
         write_text(run.path / "config.yaml", config.to_yaml())

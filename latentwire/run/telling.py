@@ -62,6 +62,7 @@ _WORDS: dict[str, Callable[[Event], str | None]] = {
     "mirror_stopped": lambda e: f"nothing more is copied to the mirror: {e.get('reason')}",
     "step_skipped": lambda e: f"WARNING step {e.get('step')} skipped: {e.get('reason')}",
     "left_unsaved": lambda e: f"ALARM left without saving step {e.get('step')}: {e.get('error')}",
+    "mark_failed": lambda e: f"ALARM nothing could be added to {e.get('path')}: {e.get('error')}",
     "prune_failed": lambda e: f"ALARM an old checkpoint could not be deleted: {e.get('error')}",
     "partial_step_not_saved": lambda e: f"WARNING a step was half done and could not be saved at step {e.get('step')}",
     "training_finished": lambda e: f"finished at step {e.get('step')}, weights {str(e.get('weights_sha256'))[:16]}",

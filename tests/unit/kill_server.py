@@ -6,8 +6,6 @@ own so that every order costs a fork, not the start of an interpreter.
 
 from __future__ import annotations
 
-import builtins
-import io
 import itertools
 import json
 import os
@@ -20,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint_parts import open_manager, snapshot
+from watched_os import WRITING, WatchedOs
 
 from latentwire.run.directory import Run
 from latentwire.run.journal import Journal
 
-_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+_COUNTED = {"open", "write", "pwrite", "writev", "fsync", "fdatasync"}
+_COUNTED |= {"rename", "replace", "link", "unlink", "mkdir", "rmdir"}
 
 
 class Trap:
@@ -38,15 +38,17 @@ class Trap:
         self._kill_at = kill_at
         self._lock = threading.Lock()
 
-    def arm(self) -> None:
-        """Put traps before the functions of ``os``, and under ``open``, which does not go through them."""
-        for kind in ("fsync", "rename", "replace", "unlink", "mkdir", "rmdir"):
-            setattr(os, kind, self._before(kind, getattr(os, kind)))
-        os.open = self._before("open", os.open, lambda path, flags, *_: bool(flags & _WRITES))
-        os.write = self._halved(os.write)
-        io.open = builtins.open = self._open(builtins.open)  # type: ignore[assignment]
+    def around(self, kind: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Before an operation of the disk; see ``WatchedOs``."""
+        if kind in _COUNTED and (kind != "open" or args[1] & WRITING):
+            self._point(kind)
+        if kind == "write":
+            descriptor, data = args
+            view = memoryview(data).cast("B")
+            self._point("half a write", lambda: function(descriptor, view[: view.nbytes // 2]))
+        return function(*args, **kwargs)
 
-    def point(self, kind: str, dying: Callable[[], Any] = lambda: None) -> None:
+    def _point(self, kind: str, dying: Callable[[], Any] = lambda: None) -> None:
         """Count; die here if it is the chosen point, after the last act ``dying``."""
         with self._lock:
             self.kinds.append(kind)
@@ -54,61 +56,10 @@ class Trap:
                 dying()
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    def _before(
-        self, kind: str, function: Callable[..., Any], counts: Callable[..., bool] = lambda *_: True
-    ) -> Callable[..., Any]:
-        def trapped(*args: Any, **kwargs: Any) -> Any:
-            if counts(*args):
-                self.point(kind)
-            return function(*args, **kwargs)
-
-        return trapped
-
-    def _halved(self, write: Callable[[int, Any], int]) -> Callable[[int, Any], int]:
-        def trapped(descriptor: int, data: Any) -> int:
-            view = memoryview(data).cast("B")
-            self.point("write")
-            self.point("half a write", lambda: write(descriptor, view[: view.nbytes // 2]))
-            return write(descriptor, data)
-
-        return trapped
-
-    @staticmethod
-    def _open(real: Callable[..., Any]) -> Callable[..., Any]:
-        def trapped(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-            if mode != "x":
-                assert not set(mode) & set("wa+x"), f"no trap for open(..., {mode!r})"
-                return real(file, mode, *args, **kwargs)
-            raw = _File(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
-            return io.TextIOWrapper(io.BufferedWriter(raw), **kwargs)
-
-        return trapped
-
-
-class _File(io.RawIOBase):
-    """A file whose writes go through ``os.write``, as those of ``open`` do not."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-
-    def fileno(self) -> int:
-        return self._descriptor
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        return os.write(self._descriptor, data)
-
-    def close(self) -> None:
-        if not self.closed:
-            os.close(self._descriptor)
-        super().close()
-
 
 def train(run: Run, last_step: int | None, threads: int, trap: Trap) -> None:
     """An attempt as a job makes it: claim, clean up, restore, then a save a step, to the last or for ever."""
-    trap.arm()
+    WatchedOs(trap.around).__enter__()  # for good: the process ends with the attempt
     attempt = run.claim_attempt(job_id="1", scheduler="local")
     journal = Journal(attempt.path / "events.rank0.jsonl")
     manager = open_manager(run.checkpoints, attempt.number, attempt.assert_newest, journal.event, threads=threads)

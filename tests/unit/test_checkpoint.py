@@ -541,7 +541,7 @@ def test_a_last_save_that_failed_is_told_at_the_end(small_disk: Path) -> None:
     manager.wait()
     fill(small_disk / "filler")
     manager.save(large(2))
-    with pytest.raises(CheckpointError, match=r"No space left.*step 1 is the newest.*Free space"):
+    with pytest.raises(CheckpointError, match=r"No space left on device; free some space there.*Step 1 is the newest"):
         manager.close()
 
 

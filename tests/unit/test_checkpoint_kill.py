@@ -33,6 +33,7 @@ from checkpoint_parts import (
     open_manager,
     snapshot,
 )
+from fault_matrix import Matrix
 
 from latentwire.checkpoint import layout, reader
 from latentwire.run.directory import Run
@@ -41,6 +42,7 @@ from latentwire.run.journal import read_journal
 LAST_STEP = 4
 NUM_SERVERS = 2
 FEWEST_RANDOM = 20
+KILLED = "real processes"
 
 
 class KillServer:
@@ -177,7 +179,7 @@ def assert_recoverable(run: Run, promised: set[int], in_doubt: set[int]) -> int:
     return found
 
 
-def test_a_kill_at_every_write_point_of_saves_loses_nothing(servers: Servers, runs: Path) -> None:
+def test_a_kill_at_every_write_point_of_saves_loses_nothing(servers: Servers, runs: Path, matrix: Matrix) -> None:
     kinds = servers.train(new_run(runs / "undisturbed"))
     every = {"open", "write", "half a write", "fsync", "rename", "replace", "unlink", "mkdir", "rmdir"}
     assert set(kinds) == every, "the undisturbed run went through save, read-back and deletion"
@@ -195,9 +197,12 @@ def test_a_kill_at_every_write_point_of_saves_loses_nothing(servers: Servers, ru
     found = servers.at_each(range(1, len(kinds) + 1), kill_and_check)
     assert found == set(range(LAST_STEP + 1)), "the kills fell into every save"
     print(f"{len(kinds)} kills, one at each write point of {LAST_STEP} saves")
+    matrix.count("SIGKILL at each operation of saves, in mid-write too", KILLED, len(kinds))
 
 
-def test_a_kill_at_every_write_point_of_a_recovery_loses_nothing(servers: Servers, runs: Path, damaged: Run) -> None:
+def test_a_kill_at_every_write_point_of_a_recovery_loses_nothing(
+    servers: Servers, runs: Path, damaged: Run, matrix: Matrix
+) -> None:
     def copy(name: str) -> Run:
         return Run(Path(shutil.copytree(damaged.path, runs / name)))
 
@@ -213,10 +218,11 @@ def test_a_kill_at_every_write_point_of_a_recovery_loses_nothing(servers: Server
     assert kinds.count("rename") >= 4, "a claim, a sweep, a quarantine, a save"
     assert servers.at_each(range(1, len(kinds) + 1), kill_and_check) == {3, LAST_STEP}
     print(f"{len(kinds)} kills, one at each write point of a recovery and what follows")
+    matrix.count("SIGKILL at each operation of a recovery and what follows", KILLED, len(kinds))
 
 
 def test_kills_at_random_times_of_one_run_lose_nothing(
-    servers: Servers, runs: Path, pytestconfig: pytest.Config
+    servers: Servers, runs: Path, pytestconfig: pytest.Config, matrix: Matrix
 ) -> None:
     """One run, started again and again by attempts that are killed from outside, at random times or write points."""
     seed = pytestconfig.getoption("--kill-seed")
@@ -233,3 +239,4 @@ def test_kills_at_random_times_of_one_run_lose_nothing(
         servers.train(run, kill_after_s=choose.uniform(0.01, 0.15), threads=threads)
         promised = announced(run) | ours
         ours.add(assert_recoverable(run, promised, in_doubt={max(promised, default=0) + 1}) + 1)
+    matrix.count("SIGKILL at random moments", KILLED, num_kills)

@@ -1,0 +1,45 @@
+"""Disk errors for people: which file, what the disk said, and the cure."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_CURES = {
+    errno.ENOSPC: "free some space there",
+    errno.EDQUOT: "delete something of yours there, or have the quota raised",
+    errno.EROFS: "it was mounted read-only, often after an error of the disk: have it mended and mounted again",
+    errno.EIO: "the disk or its server fails: see `dmesg` on the node and tell its administrator",
+    errno.EMFILE: "too many open files: raise `ulimit -n`, or look for what leaves files open",
+    errno.ENFILE: "the node has too many open files: tell its administrator",
+    errno.EACCES: "make it writable for this user",
+    errno.EPERM: "make it writable for this user",
+    errno.ESTALE: "the file server has lost it: have it mounted again on this node",
+}
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of reading, writing and fsync name no file, those of removing a tree a bare name: give them this one."""
+    try:
+        yield
+    except OSError as error:
+        if not os.path.isabs(error.filename or ""):
+            error.filename = os.fspath(path)
+        raise
+
+
+def told(error: OSError, folder: Path) -> str:
+    """``<file>: No space left on device; free some space there``.
+
+    Args:
+        error: what the disk said.
+        folder: named where the error names no file.
+    """
+    if error.errno is None:  # ours, with a text of its own
+        return str(error)
+    cure = _CURES.get(error.errno, "see whether the file system is well")
+    return f"{os.fspath(error.filename or folder)}: {error.strerror}; {cure}"
