@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
-import random
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 import pytest
 from running import (
     BIN,
+    HERE,
     INT,
     KILL,
+    NEVER,
     PATIENCE_S,
     TERM,
     events,
     held,
+    hold,
     make_run,
     wait_for,
     wait_for_event,
-    wait_for_steps,
     write_config,
 )
 
@@ -83,6 +82,9 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     """A working folder; jobs that a failed test leaves in it are ended."""
     yield tmp_path
     for path in (tmp_path / "runs").glob("experiment_*"):
+        for hold in path.glob("hold-submission-*"):
+            with suppress(FileNotFoundError, ProcessLookupError):
+                os.kill(int((path / f"{hold.name.removeprefix('hold-')}.pid").read_text()), KILL)
         for attempt in Run(path).attempts():
             agent = attempt.agent()
             if agent is not None:
@@ -104,7 +106,10 @@ class AgentWatch(threading.Thread):
 
     def run(self) -> None:
         while not self._ended.wait(0.1):
-            live = {process.pid for process in psutil.process_iter() if self._is_agent(process)}
+            found = {p.pid: p.info["ppid"] for p in psutil.process_iter(["ppid"]) if self._is_agent(p)}
+            live = {
+                pid for pid, parent in found.items() if parent not in found
+            }  # what it has just forked looks like it
             self.seen |= live
             self.most = max(self.most, len(live))
 
@@ -121,78 +126,63 @@ class AgentWatch(threading.Thread):
         self.join()
 
 
-@dataclasses.dataclass(frozen=True)
-class Moment:
-    """When an orchestrator is killed: shortly after something was seen.
-
-    A process that was seen stands still until the next orchestrator has looked around.
-    """
-
-    what: str
-    look: Callable[[Run], object]
+@contextmanager
+def killed_orchestrator(folder: Path, *words: str | Path) -> Iterator[int]:
+    """An orchestrator that is killed where the block ends; its pid."""
+    with orchestrator(folder, *words) as process:
+        yield process.pid
+        assert process.poll() is None, (folder / "orchestrator.out").read_text()
 
 
-def _submission(number: int) -> Callable[[Run], psutil.Process | None]:
-    """The process that submits; its job is not written down yet."""
-
-    def look(run: Run) -> psutil.Process | None:
-        words = [str(run.path), str(number)]
-        at_work = [p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [])[-2:] == words]
-        return at_work[0] if at_work and len(list_jobs(run)) < number else None
-
-    return look
+def _hold_submissions(run: Run) -> None:
+    for number in (1, 2):
+        (run.path / f"hold-submission-{number}").touch()
 
 
-def _trained(number: int, steps: int) -> Callable[[Run], bool]:
-    def look(run: Run) -> bool:
-        attempts = run.attempts()
-        if len(attempts) < number:
-            return False
-        wait_for_steps(attempts[number - 1], steps)
-        return True
-
-    return look
+def _let_it_submit(run: Run, number: int) -> None:
+    (run.path / f"hold-submission-{number}").unlink()
 
 
-def _preempted(run: Run) -> bool:
-    attempt = run.attempts()[0]
-    preempt(attempt)
-    wait_for_event(attempt, "attempt_ended", "agent")
-    return True
+def _wait_until_it_submits(run: Run, number: int, pid: int) -> None:
+    """The orchestrator looks after the run, and the submission is under way, begun by it or by the one before."""
+    wait_for(lambda: _holder(run) == pid, "its lease")
+    wait_for((run.path / f"submission-{number}.pid").exists, f"submission {number}")
+    assert len(list_jobs(run)) == number - 1
 
 
-MOMENTS = (
-    Moment("right after its start", lambda run: run.lease_path.exists()),
-    Moment("while it submits", _submission(1)),
-    Moment("while the job trains", _trained(1, 2)),
-    Moment("after a preemption", _preempted),
-    Moment("while it submits again", _submission(2)),
-    Moment("while the second job trains", _trained(2, 2)),
-)
+def _wait_until_it_has_looked_around(run: Run, pid: int, told: int) -> None:
+    """It has said of the run how it is; what it said before has ``told`` bytes."""
+    wait_for(lambda: _holder(run) == pid, "its lease")
+    output = run.path.parents[1] / "orchestrator.out"
+    wait_for(lambda: f" {run.name}: " in output.read_text()[told:], "its first look")
 
 
-def test_an_orchestrator_killed_at_any_moment_is_resumed_and_no_job_runs_twice(folder: Path, calm: Run) -> None:
-    config = write_config(folder, "toy", workload={"options": {"pause_s": 0.05}})
-    run = toy_run(folder)
+def _holder(run: Run) -> int | None:
+    record = read_json(run.lease_path)
+    return None if record is None else int(record["holder"]["pid"])
+
+
+AFTER_TWO_STEPS = 1 + 2 * 8
+"""Visits of a lone rank: one in warm-up, eight in each step."""
+
+
+def test_an_orchestrator_killed_at_any_moment_is_resumed_and_no_job_runs_twice(
+    folder: Path, calm: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(HERE / "held_submission"), prepend=os.pathsep)
+    config, run = write_config(folder, "toy"), toy_run(folder)
+    run.path.mkdir(parents=True)
+    _hold_submissions(run)
+    hold(run, "step", AFTER_TWO_STEPS)
     watch = AgentWatch(run)
     watch.start()
-    chance = random.Random(7)
-    words: list[str | Path] = ["--config", config]
-    output = folder / "orchestrator.out"
-    frozen: psutil.Process | None = None
-    for moment in MOMENTS:
-        told = output.stat().st_size if output.exists() else 0
-        with orchestrator(folder, *words) as process:
-            if frozen is not None:
-                wait_for(lambda told=told: output.stat().st_size > told, "the first look")  # type: ignore[misc]
-                frozen.resume()
-            seen = wait_for(lambda moment=moment: moment.look(run), moment.what)  # type: ignore[misc]
-            frozen = seen if isinstance(seen, psutil.Process) else None
-            if frozen is not None:
-                frozen.suspend()
-            time.sleep(chance.uniform(0, 0.02))
-            assert process.poll() is None, f"{moment.what}: it had ended by itself"
-        words = ["--resume"]
+    with killed_orchestrator(folder, "--config", config):
+        wait_for(run.lease_path.exists, "its start")
+    _kill_while_it_submits_and_while_the_job_trains(folder, run, 1)
+    with killed_orchestrator(folder, "--resume"):
+        _preempt_and_wait(run.attempts()[0])
+    _kill_while_it_submits_and_while_the_job_trains(folder, run, 2)
+    hold(run, "step", NEVER)
     done = orchestrate(folder, "--resume")
     watch.end()
     assert done.returncode == 0, done.stdout + done.stderr
@@ -203,6 +193,26 @@ def test_an_orchestrator_killed_at_any_moment_is_resumed_and_no_job_runs_twice(f
     assert len(watch.seen) == len(list_jobs(run)) == 2
     ends = [max(e["time"] for e in attempt.events()) for attempt in run.attempts()]
     assert ends[0] <= run.attempts()[1].record()["claimed"]
+
+
+def _kill_while_it_submits_and_while_the_job_trains(folder: Path, run: Run, number: int) -> None:
+    """The submission goes on when the next orchestrator has found it under way."""
+    with killed_orchestrator(folder, "--resume") as pid:
+        _wait_until_it_submits(run, number, pid)
+    told = len((folder / "orchestrator.out").read_text())
+    with killed_orchestrator(folder, "--resume") as pid:
+        _wait_until_it_has_looked_around(run, pid, told)
+        _let_it_submit(run, number)
+        wait_for_event(wait_for_attempt(run, number), "holding")
+
+
+def _preempt_and_wait(attempt: Attempt) -> None:
+    """The attempt leaves the step in which it stands; the next one will stand there again."""
+    preempt(attempt)
+    wait_for_event(attempt, "notice", "agent")
+    hold(attempt.run, "step", NEVER)
+    wait_for_event(attempt, "attempt_ended", "agent")
+    hold(attempt.run, "step", AFTER_TWO_STEPS)
 
 
 # --- stopped, started twice, cancelled --------------------------------------------------------------------------------
@@ -217,7 +227,8 @@ def test_detached_refused_stopped_cancelled_and_taken_back(folder: Path, calm: R
         pid = _a_second_orchestrator_is_refused(folder, config, run)
         _ctrl_c_leaves_the_job_running(pid, run)
         _cancel(folder)
-    attempt = run.attempts()[0]
+        attempt = run.attempts()[0]
+        wait_for_event(attempt, "notice", "agent")
     wait_for_event(attempt, "attempt_ended", "agent")
     assert verdict_of(attempt).outcome == "cancelled"
     _cancel_stays(folder, run)
