@@ -82,9 +82,9 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     """A working folder; jobs that a failed test leaves in it are ended."""
     yield tmp_path
     for path in (tmp_path / "runs").glob("experiment_*"):
-        for hold in path.glob("hold-submission-*"):
+        for holding in path.glob("hold-submission-*"):
             with suppress(FileNotFoundError, ProcessLookupError):
-                os.kill(int((path / f"{hold.name.removeprefix('hold-')}.pid").read_text()), KILL)
+                os.kill(int((path / f"{holding.name.removeprefix('hold-')}.pid").read_text()), KILL)
         for attempt in Run(path).attempts():
             agent = attempt.agent()
             if agent is not None:
