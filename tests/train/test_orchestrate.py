@@ -131,7 +131,7 @@ def killed_orchestrator(folder: Path, *words: str | Path) -> Iterator[int]:
     """An orchestrator that is killed where the block ends; its pid."""
     with orchestrator(folder, *words) as process:
         yield process.pid
-        assert process.poll() is None, (folder / "orchestrator.out").read_text()
+        assert process.poll() is None, _said(folder)
 
 
 def _hold_submissions(run: Run) -> None:
@@ -150,11 +150,15 @@ def _wait_until_it_submits(run: Run, number: int, pid: int) -> None:
     assert len(list_jobs(run)) == number - 1
 
 
-def _wait_until_it_has_looked_around(run: Run, pid: int, told: int) -> None:
-    """It has said of the run how it is; what it said before has ``told`` bytes."""
+def _wait_until_it_has_looked_around(run: Run, pid: int, said: str) -> None:
+    """It has told how the run is; ``said`` is what was told before."""
     wait_for(lambda: _holder(run) == pid, "its lease")
-    output = run.path.parents[1] / "orchestrator.out"
-    wait_for(lambda: f" {run.name}: " in output.read_text()[told:], "its first look")
+    folder = run.path.parents[1]
+    wait_for(lambda: f" {run.name}: " in _said(folder).removeprefix(said), "its first look")
+
+
+def _said(folder: Path) -> str:
+    return (folder / "orchestrator.out").read_text()
 
 
 def _holder(run: Run) -> int | None:
@@ -182,11 +186,13 @@ def test_an_orchestrator_killed_at_any_moment_is_resumed_and_no_job_runs_twice(
     with killed_orchestrator(folder, "--resume"):
         _preempt_and_wait(run.attempts()[0])
     _kill_while_it_submits_and_while_the_job_trains(folder, run, 2)
-    hold(run, "step", NEVER)
-    done = orchestrate(folder, "--resume")
+    said = _said(folder)
+    with orchestrator(folder, "--resume") as process:
+        _wait_until_it_has_looked_around(run, process.pid, said)
+        hold(run, "step", NEVER)
+        assert process.wait(PATIENCE_S) == 0, _said(folder)
     watch.end()
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "DONE" in done.stdout
+    assert f"{run.name}: DONE" in _said(folder)
     assert final_digests(run) == final_digests(calm)
     assert watch.most == 1
     assert [verdict_of(attempt).outcome for attempt in run.attempts()] == ["preempted", "finished"]
@@ -199,9 +205,9 @@ def _kill_while_it_submits_and_while_the_job_trains(folder: Path, run: Run, numb
     """The submission goes on when the next orchestrator has found it under way."""
     with killed_orchestrator(folder, "--resume") as pid:
         _wait_until_it_submits(run, number, pid)
-    told = len((folder / "orchestrator.out").read_text())
+    said = _said(folder)
     with killed_orchestrator(folder, "--resume") as pid:
-        _wait_until_it_has_looked_around(run, pid, told)
+        _wait_until_it_has_looked_around(run, pid, said)
         _let_it_submit(run, number)
         wait_for_event(wait_for_attempt(run, number), "holding")
 
@@ -295,7 +301,7 @@ def test_ctrl_c_says_how_to_take_over(folder: Path) -> None:
             wait_for_event(attempt, "holding")
             os.killpg(process.pid, INT)
             assert process.wait(PATIENCE_S) == 128 + INT
-        output = (folder / "orchestrator.out").read_text()
+        output = _said(folder)
         assert "jobs go on" in output
         assert "Traceback" not in output
         assert attempt.ended() is None
