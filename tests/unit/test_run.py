@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def journal(path: Path) -> Iterator[Journal]:
     journal.close()
 
 
-Start = Callable[[str], subprocess.Popen[str]]
+Start = Callable[..., "subprocess.Popen[str]"]
 
 
 @pytest.fixture
@@ -56,10 +56,9 @@ def start() -> Iterator[Start]:
     """Starts Python programs that talk on their standard input and output; ends what still runs."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(program: str) -> subprocess.Popen[str]:
-        started.append(
-            subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        )
+    def start(program: str, environ: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+        command, env, pipe = [sys.executable, "-c", program], {**os.environ, **(environ or {})}, subprocess.PIPE
+        started.append(subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe, text=True))
         return started[-1]
 
     yield start
@@ -478,6 +477,50 @@ def test_a_holder_that_slept_too_long_does_not_take_the_lease_back(run: Run) -> 
     with pytest.raises(RunBusy, match=r"taken over .*another-host"):
         lease.renew()
     assert lease.holder() == ELSEWHERE
+
+
+BATCH_STEP = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "ENVIRONMENT": "BATCH"}
+"""What sbatch and srun tell the orchestrator of slurm/preemptible_orchestrator.slurm."""
+SALLOC_SHELL = {"SLURM_JOB_ID": "7"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "other", "refusal"),
+    [
+        (SALLOC_SHELL, SALLOC_SHELL, "kill -TERM {pid} there"),
+        (BATCH_STEP, BATCH_STEP, "scancel 7"),
+        (BATCH_STEP, {}, "scancel 7"),
+        (BATCH_STEP | {"SLURM_RESTART_COUNT": "1"}, BATCH_STEP, "scancel 7"),
+        (BATCH_STEP, BATCH_STEP | {"SLURM_RESTART_COUNT": "1"}, None),
+        (BATCH_STEP | {"SLURM_RESTART_COUNT": "1"}, BATCH_STEP | {"SLURM_RESTART_COUNT": "2"}, None),
+        (BATCH_STEP, BATCH_STEP | {"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "1"}, "scancel 7"),
+    ],
+    ids=[
+        "two in one allocation",
+        "two in one job",
+        "from outside of its job",
+        "a job that was requeued since",
+        "itself before a requeue",
+        "itself before another",
+        "another job",
+    ],
+)
+def test_a_holder_in_a_slurm_job_is_gone_once_that_job_was_started_again(
+    run: Run, start: Start, environ: dict[str, str], other: dict[str, str], refusal: str | None
+) -> None:
+    program = LEASE_PROGRAM.format(path=str(run.lease_path))
+    first, second = start(program, environ), start(program, other)
+    answers = []
+    for process in (first, second):
+        assert first_line(process) == "ready"
+        go_on(process)
+        answers.append(first_line(process))
+    assert answers[0] == "mine"
+    if refusal is None:
+        assert answers[1] == "mine"
+    else:
+        assert f"with pid {first.pid} on " in answers[1]
+        assert f"({refusal.format(pid=first.pid)})" in answers[1]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"holder": 7}'])
