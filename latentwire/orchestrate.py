@@ -26,7 +26,7 @@ from latentwire.run.resuming import take_back_stops
 from latentwire.run.status import run_status
 from latentwire.scheduler import slurm
 from latentwire.scheduler.orchestrator import Orchestrator, log
-from latentwire.scheduler.submission import check_time, scheduler_kind
+from latentwire.scheduler.submission import check_times
 from latentwire.target import SCRIPT
 
 
@@ -148,8 +148,8 @@ def _charge(request: _Request) -> tuple[list[Run], int | None]:
 
 def _runs(request: _Request, configs: list[Config]) -> list[Run]:
     """The runs that are asked for, made where they are new."""
+    check_times(configs)
     for config in configs:
-        check_time(config)
         Lease(run_of(config, request.runs_dir).lease_path).refuse_if_held()  # before its config.yaml is written anew
     runs = [create_run(config, request.runs_dir) for config in configs]
     if request.resume:
@@ -203,11 +203,13 @@ def _resumable(request: _Request) -> list[Run]:
 
 
 def _tell_plan(request: _Request) -> None:
-    for config in _configs(request)[0]:
+    configs, _ = _configs(request)
+    kinds = check_times(configs)
+    for config in configs:
         run = run_of(config, request.runs_dir)
         Lease(run.lease_path).refuse_if_held()
         there = "exists, would go on" if refuse_another_identity(run, config) else "would be made"
-        kind = scheduler_kind(config.scheduler)
+        kind = kinds[config.scheduler.kind]
         print(f"{config.name}: {run.path} {there}; scheduler {kind}, {config.train.steps} steps")
     for run in _resumable(request) if request.resume else []:
         status = run_status(run)

@@ -19,7 +19,7 @@ from latentwire.run.status import run_status
 from latentwire.scheduler import slurm
 from latentwire.scheduler.jobs import Job, list_jobs, write_job
 from latentwire.scheduler.queue import ask
-from latentwire.scheduler.submission import Request, check_time, is_permanent, scheduler_kind, submit
+from latentwire.scheduler.submission import Request, check_times, is_permanent, scheduler_kind, submit
 from latentwire.scheduler.watched import Watched
 
 _FIRST_NODE_TAKES_S = 300.0
@@ -34,7 +34,7 @@ def submit_one(config: Config, runs_dir: Path) -> list[Job]:
         RunError: it is finished.
         SchedulerError: the scheduler refused, or does not answer.
     """
-    check_time(config)
+    check_times([config])
     if is_done(config, runs_dir):
         raise RunError(f"{config.name} is finished; another experiment wants another name (name={config.name}-2)")
     with _held(config, runs_dir) as watched:

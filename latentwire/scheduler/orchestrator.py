@@ -20,7 +20,7 @@ from latentwire.run.telling import tell
 from latentwire.scheduler import ladder
 from latentwire.scheduler.jobs import Job, write_job
 from latentwire.scheduler.queue import Queue, ask, run_once
-from latentwire.scheduler.submission import Request, is_permanent, scheduler_kind, submit
+from latentwire.scheduler.submission import Request, is_permanent, scheduler_kinds, submit
 from latentwire.scheduler.watched import Watched
 
 _FEW = 8
@@ -64,8 +64,7 @@ class Orchestrator:
         except LatentWireError:
             self.release()
             raise
-        sections = {watched.config.scheduler.kind: watched.config.scheduler for watched in self.watched}
-        self._kinds = {name: scheduler_kind(section) for name, section in sections.items()}
+        self._kinds = scheduler_kinds([watched.config for watched in self.watched])
 
     def stop(self) -> None:
         """Make ``main`` return soon; jobs go on. Safe in a signal handler."""

@@ -333,6 +333,15 @@ def test_a_dry_run_changes_nothing_on_disk(folder: Path) -> None:
     assert _tree(folder) == before
 
 
+def test_a_dry_run_refuses_what_a_run_would_refuse(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sbatch = folder / "sbatch"
+    sbatch.touch(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+    config = write_config(folder, "toy", scheduler={"kind": "slurm", "time_min": 3})
+    done = orchestrate(folder, "--config", config, "--dry-run")
+    assert (done.returncode, "scheduler.time_min" in done.stderr) == (1, True), done.stderr
+
+
 @pytest.mark.parametrize("how", [(), ("--dry-run",)])
 def test_the_directory_of_another_config_is_refused(folder: Path, how: tuple[str, ...]) -> None:
     run = make_run(folder / "runs")
