@@ -1,225 +1,23 @@
-"""The orchestrator as a program: killed, stopped, started twice, given nonsense."""
+"""The orchestrator as a program: stopped, started twice, given nonsense."""
 
 from __future__ import annotations
 
 import os
 import subprocess
-import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 import pytest
-from running import (
-    BIN,
-    HERE,
-    INT,
-    KILL,
-    NEVER,
-    PATIENCE_S,
-    TERM,
-    events,
-    held,
-    hold,
-    make_run,
-    wait_for,
-    wait_for_event,
-    write_config,
-)
+from orchestrate_parts import ORCHESTRATE, orchestrate, orchestrator, said, toy_run, wait_for_attempt
+from running import BIN, INT, PATIENCE_S, events, held, make_run, wait_for, wait_for_event, write_config
 
 from latentwire.checklist.drill import final_digests
 from latentwire.run.atomic import read_json, write_json
 from latentwire.run.budget import verdict_of
-from latentwire.run.directory import Attempt, Run
+from latentwire.run.directory import Run
 from latentwire.run.journal import read_journal
 from latentwire.run.status import run_status
 from latentwire.scheduler.jobs import list_jobs
-
-ORCHESTRATE = [sys.executable, "-m", "latentwire.orchestrate"]
-
-
-def orchestrate(folder: Path, *words: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run the orchestrator to its end in that folder."""
-    command = [*ORCHESTRATE, *words]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
-
-
-@contextmanager
-def orchestrator(folder: Path, *words: str | Path) -> Iterator[subprocess.Popen[bytes]]:
-    """An orchestrator that does not outlive the block."""
-    with open(folder / "orchestrator.out", "ab") as output:
-        process = subprocess.Popen(
-            [*ORCHESTRATE, *words], cwd=folder, stdout=output, stderr=output, start_new_session=True
-        )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-
-
-def toy_run(folder: Path, name: str = "toy") -> Run:
-    """Where the orchestrator puts the run."""
-    return Run(folder / "runs" / f"experiment_{name}")
-
-
-def wait_for_attempt(run: Run, number: int) -> Attempt:
-    """The run's attempt of that number."""
-    return wait_for(lambda: (run.attempts()[number - 1 :] or [None])[0], f"attempt {number}")
-
-
-def preempt(attempt: Attempt) -> None:
-    """Send TERM to the attempt's agent."""
-    agent = attempt.agent()
-    assert agent is not None
-    assert agent.send(TERM)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
-    """A working folder; jobs that a failed test leaves in it are ended."""
-    yield tmp_path
-    for path in (tmp_path / "runs").glob("experiment_*"):
-        for holding in path.glob("hold-submission-*"):
-            with suppress(FileNotFoundError, ProcessLookupError):
-                os.kill(int((path / f"{holding.name.removeprefix('hold-')}.pid").read_text()), KILL)
-        for attempt in Run(path).attempts():
-            agent = attempt.agent()
-            if agent is not None:
-                agent.send(KILL)
-
-
-# --- killed at any moment ---------------------------------------------------------------------------------------------
-
-
-class AgentWatch(threading.Thread):
-    """Looks all the time how many agents of a run are alive at once."""
-
-    def __init__(self, run: Run) -> None:
-        super().__init__(daemon=True)
-        self._run = run
-        self._ended = threading.Event()
-        self.most = 0
-        self.seen: set[int] = set()
-
-    def run(self) -> None:
-        while not self._ended.wait(0.1):
-            found = {p.pid: p.info["ppid"] for p in psutil.process_iter(["ppid"]) if self._is_agent(p)}
-            live = {
-                pid for pid, parent in found.items() if parent not in found
-            }  # what it has just forked looks like it
-            self.seen |= live
-            self.most = max(self.most, len(live))
-
-    def _is_agent(self, process: psutil.Process) -> bool:
-        try:
-            words = process.cmdline()
-            alive = process.status() != psutil.STATUS_ZOMBIE
-        except psutil.Error:
-            return False
-        return alive and "submitit.core._submit" in words and any(str(self._run.path) in word for word in words)
-
-    def end(self) -> None:
-        self._ended.set()
-        self.join()
-
-
-@contextmanager
-def killed_orchestrator(folder: Path, *words: str | Path) -> Iterator[int]:
-    """An orchestrator that is killed where the block ends; its pid."""
-    with orchestrator(folder, *words) as process:
-        yield process.pid
-        assert process.poll() is None, _said(folder)
-
-
-def _hold_submissions(run: Run) -> None:
-    for number in (1, 2):
-        (run.path / f"hold-submission-{number}").touch()
-
-
-def _let_it_submit(run: Run, number: int) -> None:
-    (run.path / f"hold-submission-{number}").unlink()
-
-
-def _wait_until_it_submits(run: Run, number: int, pid: int) -> None:
-    """The orchestrator looks after the run, and the submission is under way, begun by it or by the one before."""
-    wait_for(lambda: _holder(run) == pid, "its lease")
-    wait_for((run.path / f"submission-{number}.pid").exists, f"submission {number}")
-    assert len(list_jobs(run)) == number - 1
-
-
-def _wait_until_it_has_looked_around(run: Run, pid: int, said: str) -> None:
-    """It has told how the run is; ``said`` is what was told before."""
-    wait_for(lambda: _holder(run) == pid, "its lease")
-    folder = run.path.parents[1]
-    wait_for(lambda: f" {run.name}: " in _said(folder).removeprefix(said), "its first look")
-
-
-def _said(folder: Path) -> str:
-    return (folder / "orchestrator.out").read_text()
-
-
-def _holder(run: Run) -> int | None:
-    record = read_json(run.lease_path)
-    return None if record is None else int(record["holder"]["pid"])
-
-
-AFTER_TWO_STEPS = 1 + 2 * 8
-"""Visits of a lone rank: one in warm-up, eight in each step."""
-
-
-def test_an_orchestrator_killed_at_any_moment_is_resumed_and_no_job_runs_twice(
-    folder: Path, calm: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(HERE / "held_submission"), prepend=os.pathsep)
-    config, run = write_config(folder, "toy"), toy_run(folder)
-    run.path.mkdir(parents=True)
-    _hold_submissions(run)
-    hold(run, "step", AFTER_TWO_STEPS)
-    watch = AgentWatch(run)
-    watch.start()
-    with killed_orchestrator(folder, "--config", config):
-        wait_for(run.lease_path.exists, "its start")
-    _kill_while_it_submits_and_while_the_job_trains(folder, run, 1)
-    with killed_orchestrator(folder, "--resume"):
-        _preempt_and_wait(run.attempts()[0])
-    _kill_while_it_submits_and_while_the_job_trains(folder, run, 2)
-    said = _said(folder)
-    with orchestrator(folder, "--resume") as process:
-        _wait_until_it_has_looked_around(run, process.pid, said)
-        hold(run, "step", NEVER)
-        assert process.wait(PATIENCE_S) == 0, _said(folder)
-    watch.end()
-    assert f"{run.name}: DONE" in _said(folder)
-    assert final_digests(run) == final_digests(calm)
-    assert watch.most == 1
-    assert [verdict_of(attempt).outcome for attempt in run.attempts()] == ["preempted", "finished"]
-    assert len(watch.seen) == len(list_jobs(run)) == 2
-    ends = [max(e["time"] for e in attempt.events()) for attempt in run.attempts()]
-    assert ends[0] <= run.attempts()[1].record()["claimed"]
-
-
-def _kill_while_it_submits_and_while_the_job_trains(folder: Path, run: Run, number: int) -> None:
-    """The submission goes on when the next orchestrator has found it under way."""
-    with killed_orchestrator(folder, "--resume") as pid:
-        _wait_until_it_submits(run, number, pid)
-    said = _said(folder)
-    with killed_orchestrator(folder, "--resume") as pid:
-        _wait_until_it_has_looked_around(run, pid, said)
-        _let_it_submit(run, number)
-        wait_for_event(wait_for_attempt(run, number), "holding")
-
-
-def _preempt_and_wait(attempt: Attempt) -> None:
-    """The attempt leaves the step in which it stands; the next one will stand there again."""
-    preempt(attempt)
-    wait_for_event(attempt, "notice", "agent")
-    hold(attempt.run, "step", NEVER)
-    wait_for_event(attempt, "attempt_ended", "agent")
-    hold(attempt.run, "step", AFTER_TWO_STEPS)
-
 
 # --- stopped, started twice, cancelled --------------------------------------------------------------------------------
 
@@ -301,7 +99,7 @@ def test_ctrl_c_says_how_to_take_over(folder: Path) -> None:
             wait_for_event(attempt, "holding")
             os.killpg(process.pid, INT)
             assert process.wait(PATIENCE_S) == 128 + INT
-        output = _said(folder)
+        output = said(folder)
         assert "jobs go on" in output
         assert "Traceback" not in output
         assert attempt.ended() is None
