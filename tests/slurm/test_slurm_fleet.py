@@ -13,7 +13,7 @@ import psutil
 import pytest
 import yaml
 from cluster import Cluster
-from orchestrated import SMALL, Orchestrator, stand_after
+from orchestrated import SMALL, Orchestrator, everything_taken, stand_after
 from running import HERE, NEVER, hold, make_run, wait_for, wait_for_event
 
 from latentwire.checklist.drill import final_digests
@@ -109,8 +109,8 @@ def test_a_preempted_task_of_an_array_requeues_itself_alone(cluster: Cluster, ru
 
 
 def test_a_job_whose_submission_was_cut_short_is_found(cluster: Cluster, runs: Path) -> None:
+    """It waits in the queue until then: without what submitit had still to write, it dies as soon as it starts."""
     run = make_run(runs, scheduler={**SMALL, "partition": "preempt"})
-    hold(run, "step", stand_after(2))
     programs, answering = runs.parent / "programs", runs.parent / "answering.pid"
     programs.mkdir()
     slow = programs / "sbatch"  # the real one, whose answer comes too late
@@ -118,19 +118,23 @@ def test_a_job_whose_submission_was_cut_short_is_found(cluster: Cluster, runs: P
     slow.write_text(script, encoding="utf-8")
     slow.chmod(0o755)
     environ = {"PATH": os.pathsep.join([str(programs), cluster.environ["PATH"]])}
-    first = Orchestrator(cluster, runs, "--resume", environ=environ)
-    wait_for(lambda: answering.exists() and answering.read_text().endswith("\n"), f"the job: {first.said()}")
-    first.kill()
-    for process in psutil.process_iter(["cmdline"]):
-        if {"latentwire.scheduler.submission", str(run.path)} <= set(process.info["cmdline"] or []):
-            process.kill()
-    os.kill(int(answering.read_text()), signal.SIGKILL)
-    assert not list_jobs(run)
-    second = Orchestrator(cluster, runs, "--resume")
-    try:
-        wait_for(lambda: "its submission was cut short" in second.said(), "the job to be found")
-        go_on([run])
-        assert second.finish() == 0, second.said()
-    finally:
-        second.kill()
-    assert len(run.attempts()) == len(list_jobs(run)) == 1
+    with everything_taken(cluster) as job:
+        cluster.wait_until(lambda: cluster.run("squeue", "-h", "-j", job, "-o", "%T").strip() == "RUNNING")
+        first = Orchestrator(cluster, runs, "--resume", environ=environ)
+        wait_for(lambda: answering.exists() and answering.read_text().endswith("\n"), "the late answer")
+        first.kill()
+        for process in psutil.process_iter(["cmdline"]):
+            if {"latentwire.scheduler.submission", str(run.path)} <= set(process.info["cmdline"] or []):
+                process.kill()
+        os.kill(int(answering.read_text()), signal.SIGKILL)
+        assert not list_jobs(run)
+        second = Orchestrator(cluster, runs, "--resume")
+        try:
+            wait_for(lambda: "its submission was cut short" in second.said(), "the job to be found")
+            cluster.run("scancel", job)
+            assert second.finish() == 0, second.said()
+        finally:
+            second.kill()
+    first_job, *others = [e["job_id"] for e in own_events(run, "submitted")]
+    assert len(run.attempts()) == 1, "and no two jobs at a time:"
+    assert not others or first_job in [e["job_id"] for e in own_events(run, "job_died")]
