@@ -22,11 +22,12 @@ quickstart: $(INSTALLED)
 
 test: test-fast test-slurm
 
+# Tests wait more than they work, so several files run side by side, those of long runs (tests/train) first.
 test-fast: $(INSTALLED)
 	@sh tests/faults/install.sh
-	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm"
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --timeout 900 -m "not slow and not gpu and not slurm"
 
-# These tests wait more than they work, so several run side by side, each process with a Slurm of its own.
+# Here each process has a Slurm of its own.
 test-slurm: $(INSTALLED)
 	@sh tests/slurm/install.sh
 	$(BIN)/python -m pytest -n 3 --dist loadfile --timeout 900 -m "slurm and not slow" tests/slurm

@@ -24,7 +24,7 @@ from pydantic import Field
 from latentwire.errors import ConfigError
 from latentwire.sbatch import refuse_unknown
 from latentwire.target import options_model
-from latentwire.tree import apply_override, read_tree
+from latentwire.tree import overridden, read_tree
 
 IDENTITY = ("seed", "workload", "train")
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -304,13 +304,17 @@ def load_config(path: Path | str, overrides: Iterable[str] = ()) -> Config:
     tree = read_tree(path)
     if "runs" in tree:
         raise ConfigError(f"{path} is a fleet of several runs: python -m latentwire.orchestrate --config {path}")
+    return parse_config(tree, str(path), overrides)
+
+
+def parse_config(tree: Mapping[str, Any], where: str, overrides: Iterable[str] = ()) -> Config:
+    """Apply ``a.b=c`` overrides to a plain tree, and check it; ``where`` names it in errors.
+
+    Raises:
+        ConfigError: any mistake, with the key and the nearest valid keys.
+    """
     for override in overrides:
-        apply_override(tree, override)
-    return parse_config(tree, where=str(path))
-
-
-def parse_config(tree: Mapping[str, Any], where: str) -> Config:
-    """Check a plain tree; ``where`` names it in errors."""
+        tree = overridden(tree, override)
     try:
         config = Config.model_validate(tree)
     except pydantic.ValidationError as error:

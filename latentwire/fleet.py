@@ -18,7 +18,7 @@ from typing import Any
 
 from latentwire.config import Config, parse_config
 from latentwire.errors import ConfigError
-from latentwire.tree import apply_override, merge, read_tree
+from latentwire.tree import merge, read_tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,22 +42,16 @@ def load_fleet(path: Path | str, overrides: Iterable[str] = ()) -> Fleet:
     if max_running is not None and (type(max_running) is not int or max_running < 1):  # True is an int, too
         raise ConfigError(f"{path}: max_running is how many of the runs may have a job at a time, not {max_running!r}")
     if own_parts is None:
-        return Fleet((_parse(tree, overrides, str(path)),), max_running)
+        return Fleet((parse_config(tree, str(path), overrides),), max_running)
     if not isinstance(own_parts, list) or not own_parts or not all(isinstance(part, dict) for part in own_parts):
         raise ConfigError(f"{path}: runs: is a list of what each run has of its own, such as {{name: a, seed: 1}}")
     return Fleet(
         tuple(
-            _parse(merge(tree, part), overrides, f"{path}, runs[{index}]{_named(part)}")
+            parse_config(merge(tree, part), f"{path}, runs[{index}]{_named(part)}", overrides)
             for index, part in enumerate(own_parts)
         ),
         max_running,
     )
-
-
-def _parse(tree: dict[str, Any], overrides: Iterable[str], where: str) -> Config:
-    for override in overrides:
-        apply_override(tree, override)
-    return parse_config(tree, where)
 
 
 def _named(part: dict[str, Any]) -> str:

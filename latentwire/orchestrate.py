@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from latentwire.config import Config
-from latentwire.errors import ConfigError, LatentWireError, RunBusy, SchedulerError
+from latentwire.errors import ConfigError, LatentWireError, SchedulerError
 from latentwire.fleet import load_fleet
 from latentwire.run.atomic import read_json, write_json
 from latentwire.run.directory import Run, create_run, list_runs, open_run, refuse_another_identity, run_of
@@ -26,7 +26,7 @@ from latentwire.run.resuming import take_back_stops
 from latentwire.run.status import run_status
 from latentwire.scheduler import slurm
 from latentwire.scheduler.orchestrator import Orchestrator, log
-from latentwire.scheduler.submission import check_time, scheduler_kind
+from latentwire.scheduler.submission import check_times
 from latentwire.target import SCRIPT
 
 
@@ -148,14 +148,14 @@ def _charge(request: _Request) -> tuple[list[Run], int | None]:
 
 def _runs(request: _Request, configs: list[Config]) -> list[Run]:
     """The runs that are asked for, made where they are new."""
+    check_times(configs)
     for config in configs:
-        check_time(config)
-        _refuse_if_held(run_of(config, request.runs_dir))  # before its config.yaml is written anew
+        Lease(run_of(config, request.runs_dir).lease_path).refuse_if_held()  # before its config.yaml is written anew
     runs = [create_run(config, request.runs_dir) for config in configs]
     if request.resume:
         runs += [run for run in _resumable(request) if run not in runs]
     for run in runs:
-        _refuse_if_held(run)
+        Lease(run.lease_path).refuse_if_held()
         take_back_stops(run)
     return runs
 
@@ -202,21 +202,14 @@ def _resumable(request: _Request) -> list[Run]:
     return runs
 
 
-def _refuse_if_held(run: Run) -> None:
-    holder = Lease(run.lease_path).holder()
-    if holder is not None:
-        raise RunBusy(
-            f"{run.name} is held by the orchestrator with pid {holder.pid} on {holder.host}; "
-            f"look on with: latentwire status, or stop that one first ({Lease(run.lease_path).how_to_stop()})"
-        )
-
-
 def _tell_plan(request: _Request) -> None:
-    for config in _configs(request)[0]:
+    configs, _ = _configs(request)
+    kinds = check_times(configs)
+    for config in configs:
         run = run_of(config, request.runs_dir)
-        _refuse_if_held(run)
+        Lease(run.lease_path).refuse_if_held()
         there = "exists, would go on" if refuse_another_identity(run, config) else "would be made"
-        kind = scheduler_kind(config.scheduler)
+        kind = kinds[config.scheduler.kind]
         print(f"{config.name}: {run.path} {there}; scheduler {kind}, {config.train.steps} steps")
     for run in _resumable(request) if request.resume else []:
         status = run_status(run)

@@ -72,8 +72,8 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set ``a.b`` of the tree to the YAML value after ``=``.
+def overridden(tree: Mapping[str, Any], override: str) -> dict[str, Any]:
+    """The tree with its ``a.b`` set to the YAML value after ``=``.
 
     Raises:
         ConfigError: it has no such form, or the value is no YAML.
@@ -86,9 +86,10 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from None
-    node = tree
-    for key in keys[:-1]:
-        child = node.get(key)
-        node[key] = dict(child) if isinstance(child, Mapping) else {}
-        node = node[key]
-    node[keys[-1]] = value
+    return _with(tree, keys, value)
+
+
+def _with(tree: Any, keys: list[str], value: Any) -> dict[str, Any]:
+    below = dict(tree) if isinstance(tree, Mapping) else {}
+    first, *rest = keys
+    return below | {first: _with(below.get(first), rest, value) if rest else value}

@@ -18,9 +18,9 @@ from typing import Literal, Protocol
 from latentwire.config import SchedulerSection
 from latentwire.errors import ConfigError, LatentWireError, SchedulerError
 from latentwire.run.directory import Attempt, Run
+from latentwire.scheduler import slurm
 from latentwire.scheduler.jobs import list_jobs
 from latentwire.scheduler.queue import run_command
-from latentwire.scheduler.slurm import show_job, signal_target
 from latentwire.scheduler.submission import scheduler_kind
 
 Deed = Literal["TERM", "KILL", "requeue", "preemption"]
@@ -198,7 +198,7 @@ class Slurm:
         if deed == "requeue":
             run_command(["scontrol", "requeue", job_id])
         else:
-            run_command(["scancel", "-s", deed, signal_target(job_id, signal.Signals[f"SIG{deed}"])])
+            run_command(["scancel", "-s", deed, slurm.signal_target(job_id, signal.Signals[f"SIG{deed}"])])
         return contextlib.nullcontext()
 
     def is_over(self, attempt: Attempt) -> bool:
@@ -208,7 +208,7 @@ class Slurm:
         if time.monotonic() < self._ask_again:
             return False
         self._ask_again = time.monotonic() + _ASK_EVERY_S
-        state = show_job(_job_id(attempt), run_command).get("JobState")
+        state = slurm.show_job(_job_id(attempt), run_command).get("JobState")
         return state not in ("RUNNING", "COMPLETING")
 
     def end(self, run: Run) -> None:
@@ -221,7 +221,7 @@ class Slurm:
     def _preempting_job(self, attempt: Attempt) -> Iterator[None]:
         """A job that wants the run's node for itself, until the block is left."""
         assert self._preempting is not None
-        section, node = self._section, show_job(_job_id(attempt), run_command)["NodeList"]
+        section, node = self._section, slurm.show_job(_job_id(attempt), run_command)["NodeList"]
         name = f"preempting-{attempt.run.path.parent.name}"
         options = ["-p", self._preempting, "-w", node, "--exclusive", f"--time={_PREEMPTION_MIN}", "--no-requeue"]
         options += [f"--job-name={name}", "--output=/dev/null"]
@@ -248,25 +248,17 @@ def _job_id(attempt: Attempt) -> str:
 
 
 def _partition(name: str) -> dict[str, str]:
-    """The fields that ``scontrol show partition`` has for it; GraceTime is in seconds."""
-    lines = run_command(["scontrol", "-a", "show", "partition", "-o"]).splitlines()
-    partitions = [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in lines]
-    named = {fields["PartitionName"]: fields for fields in partitions if "PartitionName" in fields}
+    """The fields that Slurm has for it; GraceTime is in seconds."""
+    named = slurm.partitions(run_command)
     if name not in named:
         raise ConfigError(f"there is no partition {name!r}; there are: {', '.join(sorted(named)) or 'none'}")
     return named[name]
 
 
-def _setting(name: str) -> str:
-    """A site's setting."""
-    found = re.search(rf"^{name}\s*= (.*)$", run_command(["scontrol", "show", "config"]), re.MULTILINE)
-    return found.group(1).strip() if found else ""
-
-
 def _refuse_unless_it_preempts(preempting: str, partition: str) -> None:
     """Where Slurm preempts by partition, known before anything starts; by QOS, only once the job waits in vain."""
     ours, theirs = _partition(partition), _partition(preempting)
-    if _setting("PreemptType") == "preempt/qos":
+    if slurm.settings(run_command).get("PreemptType") == "preempt/qos":
         return
     if int(theirs["PriorityTier"]) <= int(ours["PriorityTier"]) or ours["PreemptMode"] == "OFF":
         raise ConfigError(
@@ -278,5 +270,5 @@ def _refuse_unless_it_preempts(preempting: str, partition: str) -> None:
 
 def _cred_expire_s() -> float:
     """So long Slurm holds a requeued job back."""
-    found = re.search(r"\bcred_expire=(\d+)", _setting("AuthInfo"))
+    found = re.search(r"\bcred_expire=(\d+)", slurm.settings(run_command).get("AuthInfo", ""))
     return float(found.group(1)) if found else _CRED_EXPIRE_S

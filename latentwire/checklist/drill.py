@@ -24,7 +24,6 @@ from latentwire.checklist.disturb import DISTURBANCES, Disturbance, Local, Place
 from latentwire.checklist.result import Result, Row, final_digests, other_hardware, table
 from latentwire.config import load_config
 from latentwire.errors import LatentWireError
-from latentwire.run.atomic import write_json
 from latentwire.run.directory import PREFIX, Attempt, Run
 from latentwire.run.journal import read_journal
 from latentwire.run.status import run_status
@@ -151,7 +150,7 @@ class _Program:
         """Leave nothing running, whatever happened."""
         if self._process.poll() is None:
             if self.run.path.exists():  # a job that has not begun yet is not to begin any more
-                write_json(self.run.cancel_path, {"time": time.time(), "by": "the drill, which was interrupted"})
+                self.run.mark_cancelled(by="the drill, which was interrupted")
             self._process.terminate()
             self._process.send_signal(signal.SIGCONT)
             try:

@@ -19,6 +19,7 @@ from latentwire.cli.text import duration, figure, one_line
 from latentwire.run.status import RunStatus
 
 _LINES_SHOWN = 8
+_FINISHED = ("DONE", "CANCELLED", "STOPPED")
 _PLAIN_EVERY_S = 10.0
 _COLOURS = {"RUNNING": "green", "DONE": "bold green", "FAILED": "bold red", "STALLED": "red", "PREEMPTED": "yellow"}
 
@@ -86,10 +87,9 @@ class Board(logging.Handler):
                 print(f"  weights  sha256 {status.weights_sha256}")
                 print(f"  files    {status.path}")
         if stopped:
-            cap = "" if max_running is None else f" --max-running {max_running}"
-            print(
-                f"the orchestrator stopped; jobs go on. Take over again: python -m latentwire.orchestrate --resume{cap}"
-            )
+            command = "python -m latentwire.orchestrate --resume"
+            command += "" if max_running is None else f" --max-running {max_running}"
+            print(f"the orchestrator stopped; jobs go on. Take over again: {command}")
         print("next:")
         for command in _next_commands(statuses[0]):
             print(f"  {command}")
@@ -122,9 +122,6 @@ def _line(status: RunStatus) -> str:
     if status.reason or status.warning:
         words.append(status.reason or status.warning or "")
     return one_line(", ".join(words))
-
-
-_FINISHED = ("DONE", "CANCELLED", "STOPPED")
 
 
 def _table(statuses: Sequence[RunStatus], room: int) -> list[Table | Text]:

@@ -77,14 +77,13 @@ def cancel(run: RunArgument, runs_dir: RunsDirOption = DEFAULT_RUNS_DIR) -> None
 def _write_mark(run: Run) -> None:
     import getpass
 
-    from latentwire.run.atomic import write_json
     from latentwire.run.process import node_name
 
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a uid without a name, as in many containers
         user = f"uid {os.getuid()}"
-    write_json(run.cancel_path, {"time": time.time(), "user": user, "host": node_name(), "pid": os.getpid()})
+    run.mark_cancelled(user=user, host=node_name(), pid=os.getpid())
 
 
 def _stop(run: Run) -> list[str]:

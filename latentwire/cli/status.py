@@ -79,10 +79,11 @@ def _to_json(state: RunStatus, jobs: dict[str, str]) -> str:
 
 def _print_fleet(statuses: list[RunStatus], jobs: dict[str, str]) -> None:
     now = time.time()
-    more = {each.name: (jobs[each.name],) if jobs else () for each in statuses}
-    rows = [(*_row(each, now)[:-1], *more[each.name], _row(each, now)[-1]) for each in statuses]
-    head = (*_HEADER[:-1], *(("job",) if jobs else ()), _HEADER[-1])
-    header, *lines = columns([head, *rows])
+    rows = [list(_HEADER), *(list(_row(each, now)) for each in statuses)]
+    if jobs:
+        for row, cell in zip(rows, ["job", *(jobs[each.name] for each in statuses)], strict=True):
+            row.insert(-1, cell)  # reasons are long and stay last
+    header, *lines = columns(rows)
     print(header)
     for line, each in zip(lines, statuses, strict=True):
         colour = _COLOURS.get(each.state) if coloured() else None

@@ -167,6 +167,14 @@ class Run:
     def _job_end_path(self, job_id: str, restart: int) -> Path:
         return self.path / "jobs" / f"ended-{job_id}-{restart}.json"
 
+    def mark_cancelled(self, **who: Any) -> None:
+        """Say that nobody is to start it any more. Called before whatever ends the job.
+
+        Args:
+            who: cancelled it, or by what that is known: ``user``, ``host`` and ``pid``, or ``by``.
+        """
+        write_json(self.cancel_path, {"time": time.time(), **who})
+
     def deadly_checkpoints(self) -> set[str]:
         """Names of checkpoints that two attempts or more began to load and were not heard of again."""
         names = [attempt.restoring() for attempt in self.attempts()]

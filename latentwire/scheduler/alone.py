@@ -19,7 +19,7 @@ from latentwire.run.status import run_status
 from latentwire.scheduler import slurm
 from latentwire.scheduler.jobs import Job, list_jobs, write_job
 from latentwire.scheduler.queue import ask
-from latentwire.scheduler.submission import Request, check_time, is_permanent, scheduler_kind, submit
+from latentwire.scheduler.submission import Request, check_times, is_permanent, scheduler_kind, submit
 from latentwire.scheduler.watched import Watched
 
 _FIRST_NODE_TAKES_S = 300.0
@@ -34,13 +34,12 @@ def submit_one(config: Config, runs_dir: Path) -> list[Job]:
         RunError: it is finished.
         SchedulerError: the scheduler refused, or does not answer.
     """
-    check_time(config)
+    check_times([config])
     if is_done(config, runs_dir):
         raise RunError(f"{config.name} is finished; another experiment wants another name (name={config.name}-2)")
     with _held(config, runs_dir) as watched:
         request = Request.of([watched.run])
-        watched.submitting = {"number": request.entries[0][1], "token": request.token}
-        watched.journal.event("submitting", **watched.submitting)
+        watched.begin(request.entries[0][1], request.token)
         try:
             (job,) = submit(request)
         except (SchedulerError, OSError) as error:
@@ -134,13 +133,12 @@ def _held(config: Config, runs_dir: Path) -> Iterator[Watched]:
 
 
 def _refuse_if_busy(watched: Watched) -> None:
-    name, last, now = watched.run.name, watched.last_event, time.time()
-    is_unsure = watched.is_unsure() and scheduler_kind(watched.config.scheduler) == "slurm"
-    queue = ask(watched.chain(), unknown_ones=is_unsure)
+    name, now = watched.run.name, time.time()
+    cut_short = watched.is_unsure() and scheduler_kind(watched.config.scheduler) == "slurm"
+    queue = ask(watched.chain(), unknown_ones=cut_short)
     busy = [f"job {job.job_id}" for job in watched.chain() if queue.is_live(job)]
     busy += [f"attempt {watched.attempts[-1].number}"] if watched.runs_locally(now) else []
-    if is_unsure:
-        busy += [f"job {job_id}, of a submission cut short," for job_id in queue.ids_with(str(last.get("token", "")))]
+    busy += [f"job {job_id}, of a submission cut short," for job_id in watched.found_in(queue)]
     busy += ["a submission under way"] if watched.is_being_submitted(now) else []
     if busy:
         raise RunBusy(

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentwire.preemption.handler import blocked
-from latentwire.run.atomic import write_json
 from latentwire.run.budget import next_move, verdict_of
 from latentwire.run.directory import Attempt, Run
 from latentwire.run.journal import Journal
@@ -160,7 +159,7 @@ def _waited_for_a_cancelled_job(run: Run, allocation: Allocation) -> bool:
     after = next((job.after for job in list_jobs(run) if job.job_id == allocation.job_id), None)
     if after is None or not slurm.was_cancelled_in_the_queue(after):
         return False
-    write_json(run.cancel_path, {"time": time.time(), "by": f"scancel of job {after}"})
+    run.mark_cancelled(by=f"scancel of job {after}")
     return True
 
 
@@ -182,7 +181,7 @@ def _give_back(run: Run, allocation: Allocation, attempt: Attempt | None) -> Non
         os._exit(0)
     if not run.cancel_path.exists() and slurm.was_cancelled(job_id, allocation.restart):
         # Slurm forgets it in minutes, the run does not
-        write_json(run.cancel_path, {"time": time.time(), "by": f"scancel of job {job_id}"})
+        run.mark_cancelled(by=f"scancel of job {job_id}")
         _write_down(attempt, "job_cancelled", job_id=job_id)
 
 

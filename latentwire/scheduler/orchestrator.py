@@ -10,10 +10,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from latentwire.errors import LatentWireError, RunBusy, SchedulerError
-from latentwire.run.atomic import write_json
 from latentwire.run.budget import next_move
 from latentwire.run.directory import Run
 from latentwire.run.journal import time_of
@@ -22,7 +20,7 @@ from latentwire.run.telling import tell
 from latentwire.scheduler import ladder
 from latentwire.scheduler.jobs import Job, write_job
 from latentwire.scheduler.queue import Queue, ask, run_once
-from latentwire.scheduler.submission import Request, is_permanent, scheduler_kind, submit
+from latentwire.scheduler.submission import Request, is_permanent, scheduler_kinds, submit
 from latentwire.scheduler.watched import Watched
 
 _FEW = 8
@@ -66,8 +64,7 @@ class Orchestrator:
         except LatentWireError:
             self.release()
             raise
-        sections = {watched.config.scheduler.kind: watched.config.scheduler for watched in self.watched}
-        self._kinds = {name: scheduler_kind(section) for name, section in sections.items()}
+        self._kinds = scheduler_kinds([watched.config for watched in self.watched])
 
     def stop(self) -> None:
         """Make ``main`` return soon; jobs go on. Safe in a signal handler."""
@@ -147,7 +144,7 @@ class Orchestrator:
 
     def _advance_all(self, open_ones: Sequence[Watched], queue: Queue) -> list[Watched]:
         """Bring each run forward; returns those whose next job is due and may be submitted now."""
-        busy = [watched for watched in open_ones if self._is_busy(watched, queue)]
+        busy = [watched for watched in open_ones if self._look_after(watched, queue)]
         free = self._max_running - len(busy)
         due: list[Watched] = []
         for watched in open_ones:
@@ -163,26 +160,30 @@ class Orchestrator:
                 due += [watched] if self._clock() >= due_at else []
         return due
 
-    def _is_busy(self, watched: Watched, queue: Queue) -> bool:
-        """Whether it has, or may have, a job: then it is looked after and no other is submitted."""
+    def _look_after(self, watched: Watched, queue: Queue) -> bool:
+        """Do what its jobs need; returns whether it has, or may have, a job: then no other is submitted."""
         chain = watched.chain()
         try:
             self._heed_a_cancel(watched, chain, queue)
             live = [job for job in chain if queue.is_live(job)]
             if live:
                 self._mind_the_ladder(watched, live[0], queue)
-            return bool(live) or watched.runs_locally(self._clock()) or self._is_being_submitted(watched, queue)
+            if live or watched.runs_locally(self._clock()):
+                return True
+            found = watched.found_in(queue)
+            if found:  # by an orchestrator that was killed, whose submission did not write the job down
+                self._adopt(watched, int(watched.last_event["number"]), found)
+            return bool(found) or watched.is_being_submitted(self._clock())
         except (LatentWireError, OSError) as error:
             self._give_up(watched, str(error))
             return False
 
     def _heed_a_cancel(self, watched: Watched, chain: Sequence[Job], queue: Queue) -> None:
         """A plain scancel is a person's word: the run stays cancelled, and what waits after its job is taken back."""
-        run = watched.run
         since = watched.resumed_at() if any(queue.was_cancelled(job) for job in chain) else 0.0
         cancelled = [job for job in chain if queue.was_cancelled(job) and job.submitted > since]
         if cancelled and not watched.is_cancelled:
-            write_json(run.cancel_path, {"time": self._clock(), "by": f"scancel of job {cancelled[0].job_id}"})
+            watched.run.mark_cancelled(by=f"scancel of job {cancelled[0].job_id}")
             watched.is_cancelled = True
             watched.journal.event("job_cancelled", job_id=cancelled[0].job_id)
         if not watched.is_cancelled:
@@ -191,19 +192,6 @@ class Orchestrator:
             state = queue.state_of(job)
             if job.scheduler == "slurm" and state is not None and state.state == "PENDING":
                 run_once(["scancel", job.job_id])
-
-    def _is_being_submitted(self, watched: Watched, queue: Queue) -> bool:
-        """An orchestrator that was killed may have left a submission under way, whose job is not written down yet."""
-        if not watched.is_unsure():
-            return False
-        last = watched.last_event
-        found = queue.ids_with(str(last.get("token", "")))
-        if last.get("task") is not None:
-            found = [job_id for job_id in found if job_id.endswith(f"_{last['task']}")]
-        if found:
-            self._adopt(watched, int(last["number"]), found)
-            return True
-        return watched.is_being_submitted(self._clock())
 
     def _adopt(self, watched: Watched, number: int, job_ids: list[str]) -> None:
         """Take over jobs whose submission was cut short: the first, and its successors."""
@@ -254,22 +242,29 @@ class Orchestrator:
         if len(config.scheduler.ladder) == 1 or state is None or state.state != "PENDING":
             return
         decided = watched.rung_decided_at(job, state.restarts)
-        now_asks = (state.gpus_per_node or 0) * config.scheduler.nodes
+        wanted: int | None
         if decided is None and state.restarts:
             wanted, why = ladder.best_rung(config), "it waits for its next start"
         else:
-            lower = ladder.next_rung(config, state, decided, self._clock())
-            wanted, why = (now_asks if lower is None else lower), f"it waited for longer than patience ({state.reason})"
-            if lower is None:
-                return
+            wanted = ladder.next_rung(config, state, decided, self._clock())
+            why = f"it waited for longer than patience ({state.reason})"
+        if wanted is None:
+            return
+        before = (state.gpus_per_node or 0) * config.scheduler.nodes
+        gpus = self._change_gpus(watched, job, before, wanted)
+        watched.journal.event("rung", job_id=job.job_id, restarts=state.restarts, gpus=gpus, before=before, why=why)
+
+    @staticmethod
+    def _change_gpus(watched: Watched, job: Job, before: int, wanted: int) -> int:
+        """The GPUs that the pending job asks for now: those that are wanted, unless Slurm refused."""
+        if wanted == before:
+            return before
         try:
-            if wanted != now_asks:
-                ladder.change_gpus(config, job.job_id, wanted)
+            ladder.change_gpus(watched.config, job.job_id, wanted)
         except SchedulerError as error:
-            log.warning("%s: job %s keeps its %d GPUs: %s", watched.run.name, job.job_id, now_asks, error)
-            wanted = now_asks
-        facts: dict[str, Any] = {"gpus": wanted, "before": now_asks, "why": why}
-        watched.journal.event("rung", job_id=job.job_id, restarts=state.restarts, **facts)
+            log.warning("%s: job %s keeps its %d GPUs: %s", watched.run.name, job.job_id, before, error)
+            return before
+        return wanted
 
     # --- submitting ---------------------------------------------------------------------------------------------------
 
@@ -281,8 +276,7 @@ class Orchestrator:
         for group in groups.values():
             request = Request.of([watched.run for watched in group])
             for task, (watched, (_, number)) in enumerate(zip(group, request.entries, strict=True)):
-                watched.submitting = {"number": number, "token": request.token} | ({"task": task} if group[1:] else {})
-                watched.journal.event("submitting", **watched.submitting)
+                watched.begin(number, request.token, task if len(group) > 1 else None)
             try:
                 jobs = submit(request)
             except (SchedulerError, OSError) as error:

@@ -33,14 +33,14 @@ _SQUEUE = ("squeue", "--noheader", "--me", "-a", "-r", "-t", "all", "-O", ",".jo
 Runner = Callable[[Sequence[str]], str]
 
 
-def run_once(command: Sequence[str], text: str | None = None) -> str:
-    """Standard output of a scheduler's command, given ``text`` as its input.
+def run_once(command: Sequence[str]) -> str:
+    """Standard output of a scheduler's command.
 
     Raises:
         SchedulerError: it failed or did not answer.
     """
     try:
-        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=_TIMEOUT_S, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=True)
     except subprocess.CalledProcessError as error:
         raise SchedulerError(f"{' '.join(command)}: exit {error.returncode}: {error.stderr.strip()}") from None
     except (subprocess.TimeoutExpired, OSError) as error:

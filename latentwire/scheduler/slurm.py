@@ -83,6 +83,25 @@ def show_job(job_id: str, runner: Runner = run_inside_a_job) -> dict[str, str]:
     return _fields(runner(["scontrol", "show", "job", "-o", job_id]))
 
 
+def partitions(runner: Runner = run_inside_a_job) -> dict[str, dict[str, str]]:
+    """The fields of ``scontrol show partition`` for each partition by its name, hidden ones too.
+
+    Raises:
+        SchedulerError: Slurm did not answer.
+    """
+    every = map(_fields, runner(["scontrol", "show", "partition", "--all", "-o"]).splitlines())
+    return {fields["PartitionName"]: fields for fields in every if "PartitionName" in fields}
+
+
+def settings(runner: Runner = run_inside_a_job) -> dict[str, str]:
+    """The site's settings by name, as ``scontrol show config`` has them.
+
+    Raises:
+        SchedulerError: Slurm did not answer.
+    """
+    return dict(re.findall(r"^(\S+)\s*= (.*?)\s*$", runner(["scontrol", "show", "config"]), re.MULTILINE))
+
+
 def grace_time(job_id: str, runner: Runner = run_inside_a_job) -> float | None:
     """Seconds between notice and kill when the job is preempted: the GraceTime of its partition, which may be 0.
 
@@ -90,10 +109,9 @@ def grace_time(job_id: str, runner: Runner = run_inside_a_job) -> float | None:
     say. The job's record is asked for the partition, because SLURM_JOB_PARTITION lists all that were wished for.
     """
     try:
-        if "preempt/partition_prio" not in runner(["scontrol", "show", "config"]):
+        if settings(runner).get("PreemptType") != "preempt/partition_prio":
             return None
-        partition = show_job(job_id, runner).get("Partition", "")
-        fields = _fields(runner(["scontrol", "show", "partition", "--all", "-o", partition]))
+        fields = partitions(runner).get(show_job(job_id, runner).get("Partition", ""), {})
     except SchedulerError:
         return None
     is_ended = {"CANCEL", "REQUEUE"} & set(fields.get("PreemptMode", "").split(","))
@@ -200,10 +218,10 @@ def _restarts(job: dict[str, str]) -> int:
 
 
 def _kill_wait_s(runner: Runner) -> float:
-    found = re.search(r"^KillWait\s*=\s*(\d+)", runner(["scontrol", "show", "config"]), re.MULTILINE)
+    found = re.match(r"\d+", settings(runner).get("KillWait", ""))
     if found is None:
         raise SchedulerError("scontrol show config has no KillWait")
-    return float(found.group(1))
+    return float(found[0])
 
 
 def _fields(line: str) -> dict[str, str]:

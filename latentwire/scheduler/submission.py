@@ -64,6 +64,15 @@ def scheduler_kind(section: SchedulerSection) -> str:
     return "slurm" if found and _is_configured() else "local"
 
 
+def scheduler_kinds(configs: Sequence[Config]) -> dict[str, str]:
+    """What each ``scheduler.kind`` of the configs comes to: looked up once for all that say the same, as it blocks.
+
+    Raises:
+        ConfigError: slurm was asked for and there is no sbatch.
+    """
+    return {name: scheduler_kind(section) for name, section in {c.scheduler.kind: c.scheduler for c in configs}.items()}
+
+
 def _is_configured() -> bool:
     """False where Slurm's programs are installed and no cluster is: one that is down for a while is still a cluster."""
     try:
@@ -110,19 +119,22 @@ def _what_went_wrong(log: Path) -> str:
     return "; ".join(dict.fromkeys(said)) or lines[-1]
 
 
-def check_time(config: Config) -> None:
-    """Refuse a job that would be warned of its time limit before it has trained.
+def check_times(configs: Sequence[Config]) -> dict[str, str]:
+    """Refuse jobs that would be warned of their time limit before they have trained; returns ``scheduler_kinds``.
 
     Raises:
         ConfigError: with the least that makes sense.
     """
-    least = math.ceil((config.preemption.grace_s + _WARNED_EARLY_S + _START_S) / 60)
-    if scheduler_kind(config.scheduler) == "slurm" and config.scheduler.time_min < least:
-        raise ConfigError(
-            f"scheduler.time_min: Slurm warns a job of {config.scheduler.time_min} min as early as "
-            f"{config.preemption.grace_s:g} + {_WARNED_EARLY_S:g} s before its end (preemption.grace_s); it would "
-            f"hardly train. Ask for {least} min or more, or for less grace"
-        )
+    kinds = scheduler_kinds(configs)
+    for config in configs:
+        least = math.ceil((config.preemption.grace_s + _WARNED_EARLY_S + _START_S) / 60)
+        if kinds[config.scheduler.kind] == "slurm" and config.scheduler.time_min < least:
+            raise ConfigError(
+                f"scheduler.time_min: Slurm warns a job of {config.scheduler.time_min} min as early as "
+                f"{config.preemption.grace_s:g} + {_WARNED_EARLY_S:g} s before its end (preemption.grace_s); it would "
+                f"hardly train. Ask for {least} min or more, or for less grace"
+            )
+    return kinds
 
 
 def is_permanent(error: SchedulerError) -> bool:

@@ -13,6 +13,7 @@ from latentwire.run.journal import Follower, Journal, last_record, read_journal,
 from latentwire.run.lease import Lease
 from latentwire.run.status import RunStatus, is_alive, run_status
 from latentwire.scheduler.jobs import Job, list_jobs
+from latentwire.scheduler.queue import Queue
 
 _FIRST_PAUSE_S = 5.0
 _LONGEST_PAUSE_S = 300.0
@@ -96,6 +97,14 @@ class Watched:
         begun = self.is_unsure() and self.last_event["event"] == "submitting"
         return begun and now - time_of(self.last_event) < _SUBMISSION_TAKES_S
 
+    def found_in(self, queue: Queue) -> list[str]:
+        """Ids of the jobs that came of a submission that was cut short: of an array, of this run's task alone."""
+        if not self.is_unsure():
+            return []
+        found = queue.ids_with(str(self.last_event.get("token", "")))
+        task = self.last_event.get("task")
+        return found if task is None else [job_id for job_id in found if job_id.endswith(f"_{task}")]
+
     def runs_locally(self, now: float) -> bool:
         """Whether an attempt lives on this machine. One under Slurm is judged by its job, whatever its node may say."""
         attempt = self.attempts[-1] if self.attempts else None
@@ -151,6 +160,11 @@ class Watched:
         self._num_failures += 1
         self.retry_at = now + pause
         self.journal.event("submission_failed", error=str(error), again_in_s=pause, **self.submitting)
+
+    def begin(self, number: int, token: str, task: int | None = None) -> None:
+        """Write down that the next job is about to be submitted, as a task of an array where ``task`` is given."""
+        self.submitting = {"number": number, "token": token} | ({} if task is None else {"task": task})
+        self.journal.event("submitting", **self.submitting)
 
     def submitted(self, job: Job, **facts: Any) -> None:
         """Write down that a submission was taken."""

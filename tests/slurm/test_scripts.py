@@ -22,6 +22,7 @@ from latentwire.run.atomic import read_json
 from latentwire.run.budget import verdict_of
 from latentwire.run.directory import Run
 from latentwire.run.journal import time_of
+from latentwire.run.lease import Lease
 from latentwire.scheduler.jobs import list_jobs
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
@@ -79,6 +80,7 @@ def test_an_orchestrator_that_is_preempted_in_the_middle_of_a_fleet(site: Site, 
         wait_for_event(run.attempts()[0], "holding")
     shown = site.show(job)
     assert (shown["Partition"], shown["TimeLimit"], shown["Requeue"]) == ("preempt", "00:30:00", "1")
+    assert Lease(fleet[0].lease_path).how_to_stop() == f"scancel {job}"
     config.unlink()  # it goes on with its runs, whatever a user has made of their config
     with node_taken(site, shown["NodeList"]):
         wait_for(lambda: f"requeued as job {job}" in site.said(job), "the orchestrator's requeue")

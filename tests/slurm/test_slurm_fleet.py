@@ -13,8 +13,8 @@ import psutil
 import pytest
 import yaml
 from cluster import Cluster
-from orchestrated import SMALL, Orchestrator
-from running import HERE, SLOW_ENOUGH, make_run, wait_for, wait_for_steps
+from orchestrated import SMALL, Orchestrator, everything_taken, stand_after
+from running import HERE, NEVER, hold, make_run, wait_for, wait_for_event
 
 from latentwire.checklist.drill import final_digests
 from latentwire.run.directory import Run
@@ -33,13 +33,30 @@ def runs(cluster: Cluster, tmp_path: Path) -> Iterator[Path]:
     cluster.run("scancel", "--me")
 
 
-def write_fleet(folder: Path, names: list[str], **more: Any) -> Path:
-    """A fleet of equal toy runs."""
-    target = {"target": f"{HERE / 'toy.py'}:Toy", **SLOW_ENOUGH["workload"]}
+def standing_fleet(folder: Path, names: list[str], **more: Any) -> tuple[Path, list[Run]]:
+    """The config of a fleet of equal toy runs, and its runs, each of which stands still after two steps."""
+    fleet = [Run(folder / f"experiment_{name}") for name in names]
+    for run in fleet:
+        run.path.mkdir()
+        hold(run, "step", stand_after(2))
+    target = {"target": f"{HERE / 'toy.py'}:Toy"}
     shared = {"base": str(HERE / "toy.yaml"), "workload": target, "scheduler": {**SMALL, "partition": "preempt"}}
     path = folder / "fleet.yaml"
     path.write_text(yaml.safe_dump({**shared, **more, "runs": [{"name": name} for name in names]}), encoding="utf-8")
-    return path
+    return path, fleet
+
+
+def go_on(fleet: list[Run]) -> None:
+    """Stand still no more."""
+    for run in fleet:
+        hold(run, "step", NEVER)
+
+
+def wait_until_they_stand(fleet: list[Run], orchestrator: Orchestrator) -> None:
+    """Each in its first attempt."""
+    for run in fleet:
+        wait_for(run.attempts, f"an attempt of {run.name}: {orchestrator.said()}")
+        wait_for_event(run.attempts()[0], "holding")
 
 
 def own_events(run: Run, name: str) -> list[dict[str, Any]]:
@@ -50,20 +67,18 @@ def own_events(run: Run, name: str) -> list[dict[str, Any]]:
 def test_a_fleet_is_an_array_under_a_cap_and_outlives_a_controller_that_is_down(
     cluster: Cluster, runs: Path, calm: Run
 ) -> None:
-    names = ["a", "b", "c"]
-    fleet = [Run(runs / f"experiment_{name}") for name in names]
+    config, fleet = standing_fleet(runs, ["a", "b", "c"], max_running=2)
     cluster.end("slurmctld", signal.SIGTERM)
-    orchestrator = Orchestrator(cluster, runs, "--config", write_fleet(runs, names, max_running=2))
+    orchestrator = Orchestrator(cluster, runs, "--config", config)
     try:
         wait_for(lambda: own_events(fleet[0], "submission_failed"), "a submission that fails")
         cluster.start_controller()
-        for run in fleet[:2]:
-            wait_for(run.attempts, f"an attempt of {run.name}: {orchestrator.said()}")
-            wait_for_steps(run.attempts()[0], 1)
+        wait_until_they_stand(fleet[:2], orchestrator)
         assert not list_jobs(fleet[2]), "the cap"
         cluster.end("slurmctld", signal.SIGTERM)
         wait_for(lambda: "the scheduler does not answer, waiting" in orchestrator.said(), "the silence to be noticed")
         cluster.start_controller()
+        go_on(fleet)
         assert orchestrator.finish() == 0, orchestrator.said()
     finally:
         orchestrator.kill()
@@ -77,13 +92,14 @@ def test_a_fleet_is_an_array_under_a_cap_and_outlives_a_controller_that_is_down(
 
 
 def test_a_preempted_task_of_an_array_requeues_itself_alone(cluster: Cluster, runs: Path, calm: Run) -> None:
-    fleet = [Run(runs / f"experiment_{name}") for name in ("a", "b")]
-    orchestrator = Orchestrator(cluster, runs, "--config", write_fleet(runs, ["a", "b"]))
+    config, fleet = standing_fleet(runs, ["a", "b"])
+    orchestrator = Orchestrator(cluster, runs, "--config", config)
     try:
-        for run in fleet:
-            wait_for(run.attempts, f"an attempt of {run.name}: {orchestrator.said()}")
-            wait_for_steps(run.attempts()[0], 2)
-        cluster.run("scancel", "-s", "TERM", str(fleet[0].attempts()[0].record()["job_id"]))
+        wait_until_they_stand(fleet, orchestrator)
+        preempted = fleet[0].attempts()[0]
+        cluster.run("scancel", "-s", "TERM", str(preempted.record()["job_id"]))
+        wait_for_event(preempted, "notice", "agent")
+        go_on(fleet)
         assert orchestrator.finish() == 0, orchestrator.said()
     finally:
         orchestrator.kill()
@@ -93,26 +109,32 @@ def test_a_preempted_task_of_an_array_requeues_itself_alone(cluster: Cluster, ru
 
 
 def test_a_job_whose_submission_was_cut_short_is_found(cluster: Cluster, runs: Path) -> None:
-    run = make_run(runs, scheduler={**SMALL, "partition": "preempt"}, **SLOW_ENOUGH)
-    programs = runs.parent / "programs"
+    """It waits in the queue until then: without what submitit had still to write, it dies as soon as it starts."""
+    run = make_run(runs, scheduler={**SMALL, "partition": "preempt"})
+    programs, answering = runs.parent / "programs", runs.parent / "answering.pid"
     programs.mkdir()
     slow = programs / "sbatch"  # the real one, whose answer comes too late
-    slow.write_text(f'#!/bin/sh\n{shutil.which("sbatch")} "$@" && exec sleep 600\n', encoding="utf-8")
+    script = f'#!/bin/sh\n{shutil.which("sbatch")} "$@" && echo $$ > {answering} && exec sleep 600\n'
+    slow.write_text(script, encoding="utf-8")
     slow.chmod(0o755)
     environ = {"PATH": os.pathsep.join([str(programs), cluster.environ["PATH"]])}
-    first = Orchestrator(cluster, runs, "--resume", environ=environ)
-    wait_for(lambda: cluster.run("squeue", "-h", "--me", "-o", "%i").strip(), "the job")
-    first.kill()
-    for process in psutil.process_iter(["cmdline"]):
-        if str(run.path) in (process.info["cmdline"] or []) or (process.info["cmdline"] or []) == ["sleep", "600"]:
-            process.kill()
-    assert not list_jobs(run)
-    second = Orchestrator(cluster, runs, "--resume")
-    try:
-        assert second.finish() == 0, second.said()
-    finally:
-        second.kill()
-    assert "its submission was cut short" in second.said()
+    with everything_taken(cluster) as job:
+        cluster.wait_until(lambda: cluster.run("squeue", "-h", "-j", job, "-o", "%T").strip() == "RUNNING")
+        first = Orchestrator(cluster, runs, "--resume", environ=environ)
+        wait_for(lambda: answering.exists() and answering.read_text().endswith("\n"), "the late answer")
+        first.kill()
+        for process in psutil.process_iter(["cmdline"]):
+            if {"latentwire.scheduler.submission", str(run.path)} <= set(process.info["cmdline"] or []):
+                process.kill()
+        os.kill(int(answering.read_text()), signal.SIGKILL)
+        assert not list_jobs(run)
+        second = Orchestrator(cluster, runs, "--resume")
+        try:
+            wait_for(lambda: "its submission was cut short" in second.said(), "the job to be found")
+            cluster.run("scancel", job)
+            assert second.finish() == 0, second.said()
+        finally:
+            second.kill()
     first_job, *others = [e["job_id"] for e in own_events(run, "submitted")]
     assert len(run.attempts()) == 1, "and no two jobs at a time:"
     assert not others or first_job in [e["job_id"] for e in own_events(run, "job_died")]

@@ -1,12 +1,14 @@
-"""Fixtures of the training tests: what several of them compare with, and what takes long and can run beside them."""
+"""Fixtures of the training tests: what several of them compare with."""
 
 from __future__ import annotations
 
-import subprocess
+import os
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
-from running import BIN, INT, OFTEN_SAVED, make_run, run_agent, write_config
+from running import KILL, make_run, run_agent
 
 from latentwire.run.directory import Run
 
@@ -19,31 +21,15 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
-@pytest.fixture(scope="session", autouse=True)
-def drill_program(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[subprocess.Popen[str] | None]:
-    """``latentwire drill --json`` of the toy, begun before the first test where one asks for it: it takes a minute."""
-    if not any("drill_program" in item.function.__code__.co_varnames for item in _functions(request.session)):
-        yield None
-        return
-    folder = tmp_path_factory.mktemp("drill")
-    # a network and pauses large enough for every window to be hit, and steps enough for windows that were missed
-    workload = {"options": {"width": 1000, "pause_s": 0.01}}
-    train = {"steps": 90, "num_micro_batches": 4, "eval_every": 8, "warmup_batches": 40}
-    config = write_config(folder, "toy-drill", workload=workload, train=train, checkpoint=OFTEN_SAVED)
-    process = subprocess.Popen(
-        [BIN / "latentwire", "drill", "--json", "--config", config, "--runs-dir", "runs"],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    yield process
-    if process.poll() is None:
-        process.send_signal(INT)  # it ends what it started
-    process.communicate()
-
-
-def _functions(session: pytest.Session) -> list[pytest.Function]:
-    return [item for item in session.items if isinstance(item, pytest.Function)]
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """A working folder; jobs that a failed test leaves in it are ended."""
+    yield tmp_path
+    for path in (tmp_path / "runs").glob("experiment_*"):
+        for holding in path.glob("hold-submission-*"):
+            with suppress(FileNotFoundError, ProcessLookupError):
+                os.kill(int((path / f"{holding.name.removeprefix('hold-')}.pid").read_text()), KILL)
+        for attempt in Run(path).attempts():
+            agent = attempt.agent()
+            if agent is not None:
+                agent.send(KILL)

@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 BIN = Path(sys.executable).parent
 OFTEN_SAVED: dict[str, Any] = {"interval_s": None, "interval_steps": 3, "best_metric": None}
 SLOW_ENOUGH: dict[str, Any] = {"workload": {"options": {"pause_s": 0.05}}}
-"""So that a cluster has time to disturb the run: 0.4 s a step."""
+"""So that a program has time to disturb the run: 0.4 s a step."""
 NEVER = 10**9
 """A visit that never comes."""
 TERM, KILL, INT = signal.SIGTERM, signal.SIGKILL, signal.SIGINT

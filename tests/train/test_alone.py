@@ -10,17 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from running import (
-    BIN,
-    PATIENCE_S,
-    events,
-    held,
-    make_run,
-    trained_steps,
-    wait_for,
-    wait_for_event,
-    write_config,
-)
+from running import BIN, PATIENCE_S, events, held, make_run, trained_steps, wait_for, wait_for_event, write_config
 
 from latentwire.checklist.drill import final_digests
 from latentwire.run.atomic import read_json, write_json

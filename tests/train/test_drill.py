@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from running import OFTEN_SAVED, make_run, write_config
+from running import BIN, INT, OFTEN_SAVED, SLOW_ENOUGH, make_run, write_config
 
 from latentwire.checklist import drill
 from latentwire.checklist.disturb import DISTURBANCES
@@ -15,8 +16,29 @@ from latentwire.checklist.result import Result, other_hardware, table
 from latentwire.run.atomic import write_json
 
 
+@pytest.fixture(scope="module", autouse=True)
+def drill_program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
+    """``latentwire drill --json`` of the toy, begun before the first test of this file: it takes a minute."""
+    folder = tmp_path_factory.mktemp("drill")
+    # a network and pauses large enough for every window to be hit, and steps enough for windows that were missed
+    workload = {"options": {"width": 1000, "pause_s": 0.02}}
+    train = {"steps": 120, "num_micro_batches": 4, "eval_every": 8, "warmup_batches": 40}
+    config = write_config(folder, "toy-drill", workload=workload, train=train, checkpoint=OFTEN_SAVED)
+    process = subprocess.Popen(
+        [BIN / "latentwire", "drill", "--json", "--config", config, "--runs-dir", "runs"],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    yield process
+    if process.poll() is None:
+        process.send_signal(INT)  # it ends what it started
+    process.communicate()
+
+
 def test_a_workload_that_depends_on_the_attempt_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = {"depends_on_attempt": True, "pause_s": 0.005}
+    options = {"depends_on_attempt": True, **SLOW_ENOUGH["workload"]["options"]}
     config = write_config(tmp_path, "toy-drill", workload={"options": options}, checkpoint=OFTEN_SAVED)
     one = [disturbance for disturbance in DISTURBANCES if disturbance.name == "TERM in training"]
     assert drill.main(config, tmp_path / "runs", as_json=False, keep=False, disturbances=one) == 1

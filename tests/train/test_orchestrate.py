@@ -1,209 +1,23 @@
-"""The orchestrator as a program: killed, stopped, started twice, given nonsense."""
+"""The orchestrator as a program: stopped, started twice, given nonsense."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
-import random
 import subprocess
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
-from running import (
-    BIN,
-    INT,
-    KILL,
-    PATIENCE_S,
-    TERM,
-    events,
-    held,
-    make_run,
-    wait_for,
-    wait_for_event,
-    wait_for_steps,
-    write_config,
-)
+from orchestrate_parts import ORCHESTRATE, orchestrate, orchestrator, said, toy_run, wait_for_attempt
+from running import BIN, INT, PATIENCE_S, events, held, make_run, wait_for, wait_for_event, write_config
 
 from latentwire.checklist.drill import final_digests
 from latentwire.run.atomic import read_json, write_json
 from latentwire.run.budget import verdict_of
-from latentwire.run.directory import Attempt, Run
+from latentwire.run.directory import Run
 from latentwire.run.journal import read_journal
 from latentwire.run.status import run_status
 from latentwire.scheduler.jobs import list_jobs
-
-ORCHESTRATE = [sys.executable, "-m", "latentwire.orchestrate"]
-
-
-def orchestrate(folder: Path, *words: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run the orchestrator to its end in that folder."""
-    command = [*ORCHESTRATE, *words]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
-
-
-@contextmanager
-def orchestrator(folder: Path, *words: str | Path) -> Iterator[subprocess.Popen[bytes]]:
-    """An orchestrator that does not outlive the block."""
-    with open(folder / "orchestrator.out", "ab") as output:
-        process = subprocess.Popen(
-            [*ORCHESTRATE, *words], cwd=folder, stdout=output, stderr=output, start_new_session=True
-        )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-
-
-def toy_run(folder: Path, name: str = "toy") -> Run:
-    """Where the orchestrator puts the run."""
-    return Run(folder / "runs" / f"experiment_{name}")
-
-
-def wait_for_attempt(run: Run, number: int) -> Attempt:
-    """The run's attempt of that number."""
-    return wait_for(lambda: (run.attempts()[number - 1 :] or [None])[0], f"attempt {number}")
-
-
-def preempt(attempt: Attempt) -> None:
-    """Send TERM to the attempt's agent."""
-    agent = attempt.agent()
-    assert agent is not None
-    assert agent.send(TERM)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
-    """A working folder; jobs that a failed test leaves in it are ended."""
-    yield tmp_path
-    for path in (tmp_path / "runs").glob("experiment_*"):
-        for attempt in Run(path).attempts():
-            agent = attempt.agent()
-            if agent is not None:
-                agent.send(KILL)
-
-
-# --- killed at any moment ---------------------------------------------------------------------------------------------
-
-
-class AgentWatch(threading.Thread):
-    """Looks all the time how many agents of a run are alive at once."""
-
-    def __init__(self, run: Run) -> None:
-        super().__init__(daemon=True)
-        self._run = run
-        self._ended = threading.Event()
-        self.most = 0
-        self.seen: set[int] = set()
-
-    def run(self) -> None:
-        while not self._ended.wait(0.1):
-            live = {process.pid for process in psutil.process_iter() if self._is_agent(process)}
-            self.seen |= live
-            self.most = max(self.most, len(live))
-
-    def _is_agent(self, process: psutil.Process) -> bool:
-        try:
-            words = process.cmdline()
-            alive = process.status() != psutil.STATUS_ZOMBIE
-        except psutil.Error:
-            return False
-        return alive and "submitit.core._submit" in words and any(str(self._run.path) in word for word in words)
-
-    def end(self) -> None:
-        self._ended.set()
-        self.join()
-
-
-@dataclasses.dataclass(frozen=True)
-class Moment:
-    """When an orchestrator is killed: shortly after something was seen.
-
-    A process that was seen stands still until the next orchestrator has looked around.
-    """
-
-    what: str
-    look: Callable[[Run], object]
-
-
-def _submission(number: int) -> Callable[[Run], psutil.Process | None]:
-    """The process that submits; its job is not written down yet."""
-
-    def look(run: Run) -> psutil.Process | None:
-        words = [str(run.path), str(number)]
-        at_work = [p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [])[-2:] == words]
-        return at_work[0] if at_work and len(list_jobs(run)) < number else None
-
-    return look
-
-
-def _trained(number: int, steps: int) -> Callable[[Run], bool]:
-    def look(run: Run) -> bool:
-        attempts = run.attempts()
-        if len(attempts) < number:
-            return False
-        wait_for_steps(attempts[number - 1], steps)
-        return True
-
-    return look
-
-
-def _preempted(run: Run) -> bool:
-    attempt = run.attempts()[0]
-    preempt(attempt)
-    wait_for_event(attempt, "attempt_ended", "agent")
-    return True
-
-
-MOMENTS = (
-    Moment("right after its start", lambda run: run.lease_path.exists()),
-    Moment("while it submits", _submission(1)),
-    Moment("while the job trains", _trained(1, 2)),
-    Moment("after a preemption", _preempted),
-    Moment("while it submits again", _submission(2)),
-    Moment("while the second job trains", _trained(2, 2)),
-)
-
-
-def test_an_orchestrator_killed_at_any_moment_is_resumed_and_no_job_runs_twice(folder: Path, calm: Run) -> None:
-    config = write_config(folder, "toy", workload={"options": {"pause_s": 0.05}})
-    run = toy_run(folder)
-    watch = AgentWatch(run)
-    watch.start()
-    chance = random.Random(7)
-    words: list[str | Path] = ["--config", config]
-    output = folder / "orchestrator.out"
-    frozen: psutil.Process | None = None
-    for moment in MOMENTS:
-        told = output.stat().st_size if output.exists() else 0
-        with orchestrator(folder, *words) as process:
-            if frozen is not None:
-                wait_for(lambda told=told: output.stat().st_size > told, "the first look")  # type: ignore[misc]
-                frozen.resume()
-            seen = wait_for(lambda moment=moment: moment.look(run), moment.what)  # type: ignore[misc]
-            frozen = seen if isinstance(seen, psutil.Process) else None
-            if frozen is not None:
-                frozen.suspend()
-            time.sleep(chance.uniform(0, 0.02))
-            assert process.poll() is None, f"{moment.what}: it had ended by itself"
-        words = ["--resume"]
-    done = orchestrate(folder, "--resume")
-    watch.end()
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "DONE" in done.stdout
-    assert final_digests(run) == final_digests(calm)
-    assert watch.most == 1
-    assert [verdict_of(attempt).outcome for attempt in run.attempts()] == ["preempted", "finished"]
-    assert len(watch.seen) == len(list_jobs(run)) == 2
-    ends = [max(e["time"] for e in attempt.events()) for attempt in run.attempts()]
-    assert ends[0] <= run.attempts()[1].record()["claimed"]
-
 
 # --- stopped, started twice, cancelled --------------------------------------------------------------------------------
 
@@ -217,7 +31,8 @@ def test_detached_refused_stopped_cancelled_and_taken_back(folder: Path, calm: R
         pid = _a_second_orchestrator_is_refused(folder, config, run)
         _ctrl_c_leaves_the_job_running(pid, run)
         _cancel(folder)
-    attempt = run.attempts()[0]
+        attempt = run.attempts()[0]
+        wait_for_event(attempt, "notice", "agent")
     wait_for_event(attempt, "attempt_ended", "agent")
     assert verdict_of(attempt).outcome == "cancelled"
     _cancel_stays(folder, run)
@@ -284,7 +99,7 @@ def test_ctrl_c_says_how_to_take_over(folder: Path) -> None:
             wait_for_event(attempt, "holding")
             os.killpg(process.pid, INT)
             assert process.wait(PATIENCE_S) == 128 + INT
-        output = (folder / "orchestrator.out").read_text()
+        output = said(folder)
         assert "jobs go on" in output
         assert "Traceback" not in output
         assert attempt.ended() is None
@@ -314,6 +129,15 @@ def test_a_dry_run_changes_nothing_on_disk(folder: Path) -> None:
     assert "exists, would go on" in done.stdout
     assert "PENDING" in done.stdout
     assert _tree(folder) == before
+
+
+def test_a_dry_run_refuses_what_a_run_would_refuse(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sbatch = folder / "sbatch"
+    sbatch.touch(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+    config = write_config(folder, "toy", scheduler={"kind": "slurm", "time_min": 3})
+    done = orchestrate(folder, "--config", config, "--dry-run")
+    assert (done.returncode, "scheduler.time_min" in done.stderr) == (1, True), done.stderr
 
 
 @pytest.mark.parametrize("how", [(), ("--dry-run",)])

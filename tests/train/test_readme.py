@@ -16,6 +16,7 @@ import pytest
 from running import BIN, KILL, PATIENCE_S, TERM, events, make_run, run_agent, wait_for, wait_for_event, wait_for_steps
 
 from latentwire.checklist.drill import final_digests
+from latentwire.run.atomic import write_text
 from latentwire.run.budget import verdict_of
 from latentwire.run.directory import Attempt, Run, list_runs
 
@@ -29,16 +30,42 @@ def blocks(mark: str, language: str) -> list[str]:
     return re.findall(rf"<!-- {mark} -->\n+```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
+_STAND = """
+import itertools
+import time
+from pathlib import Path
+
+_visits = itertools.count(1)
+
+
+def here():
+    visit = next(_visits)
+    while _is_held(visit):
+        time.sleep(0.005)
+
+
+def _is_held(visit):
+    try:
+        return visit > int(Path("hold").read_text())
+    except FileNotFoundError:
+        return False
+"""
+
+
 class Script:
-    """The README's loop as a user's script, in a folder of its own."""
+    """The README's loop as a user's script, in a folder of its own.
+
+    It stands still after so many steps as a file ``hold`` there says: as it is it is done before a signal can meet it.
+    """
 
     def __init__(self, folder: Path) -> None:
         (source,) = blocks("own-loop", "python")
         last_line = "session.log(loss=loss)\n"
         assert source.endswith(last_line)
-        source += " " * 8 + "__import__('time').sleep(0.01)\n"  # as it stands it is done before a signal can meet it
+        source += " " * 8 + "__import__('stand').here()\n"
         folder.mkdir()
         self.folder = folder
+        (folder / "stand.py").write_text(_STAND, encoding="utf-8")
         (folder / "my_loop.py").write_text(source, encoding="utf-8")
 
     def start(self) -> subprocess.Popen[str]:
@@ -55,14 +82,21 @@ class Script:
 
     def disturb(self, *signals: signal.Signals) -> tuple[int, str]:
         """Start it, send the last signal in a step after all others had their effect; exit code and what it printed."""
+        hold = self.folder / "hold"
+        write_text(hold, "5")
         process = self.start()
-        attempt = wait_for(lambda: (self._attempts() or [None])[0], "the attempt")
-        wait_for_steps(attempt, 5)
-        if signal.SIGUSR1 in signals:
-            process.send_signal(signal.SIGUSR1)
-            wait_for_event(attempt, "save_committed")
-        process.send_signal(signals[-1])
-        stdout, stderr = process.communicate(timeout=PATIENCE_S)
+        try:
+            attempt = wait_for(lambda: (self._attempts() or [None])[0], "the attempt")
+            wait_for_steps(attempt, 5)
+            if signal.SIGUSR1 in signals:
+                process.send_signal(signal.SIGUSR1)
+                write_text(hold, "10")
+                wait_for_event(attempt, "save_committed")
+            process.send_signal(signals[-1])
+            hold.unlink()
+            stdout, stderr = process.communicate(timeout=PATIENCE_S)
+        finally:
+            process.kill()
         return process.returncode, stdout + stderr
 
     def disturb_and_finish(self, *signals: signal.Signals) -> tuple[int, str]:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from running import SLOW_ENOUGH, agent_of, events, make_run, run_agent, wait_for, wait_for_event
+from running import NEVER, agent_of, events, held, hold, make_run, run_agent, wait_for_event
 
 from latentwire.run.budget import verdict_of
 from latentwire.run.directory import Run
+
+AFTER_FIVE_STEPS = 1 + 5 * 8
+"""Visits of a lone rank: one in warm-up, eight in each step."""
 
 
 def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(tmp_path: Path, calm: Run) -> None:
@@ -23,11 +26,12 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(tmp_path: Path, c
 
 
 def test_a_removed_folder_is_made_again_by_the_next_save(tmp_path: Path) -> None:
-    run = make_run(tmp_path, checkpoint={"interval_s": None, "interval_steps": 2}, **SLOW_ENOUGH)
-    with agent_of(run) as agent:
-        wait_for_event(agent.attempt, "save_verified")
-        before = len(events(agent.attempt, "save_committed"))
-        shutil.rmtree(run.checkpoints, ignore_errors=True)
-        wait_for(lambda: len(events(agent.attempt, "save_committed")) > before + 1, "saves after the removal")
+    run = make_run(tmp_path, checkpoint={"interval_s": None, "interval_steps": 2})
+    with held(run, "step", AFTER_FIVE_STEPS), agent_of(run) as agent:
+        wait_for_event(agent.attempt, "save_verified", number=2)
+        wait_for_event(agent.attempt, "holding")
+        shutil.rmtree(run.checkpoints)
+        hold(run, "step", NEVER)
         assert agent.outcome() == "finished"
+    assert len(events(agent.attempt, "save_committed")) > 2
     assert (run.checkpoints / "step-00000020" / "verified.json").is_file()

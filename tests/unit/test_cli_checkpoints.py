@@ -1,116 +1,80 @@
-"""``latentwire checkpoints diff``, ``export`` and ``prune``, driven as a program."""
+"""``latentwire checkpoints``."""
 
 from __future__ import annotations
 
-import array
-import os
-import struct
-import subprocess
-import sys
 from pathlib import Path
 
-import numpy
 import pytest
-from checkpoint_parts import METRIC, Events, commit, open_manager
-from safetensors.numpy import load_file
+from cli_parts import (
+    complaint,
+    latentwire,
+    make_run,
+    printed,
+    save,
+)
 
-from latentwire.checkpoint.layout import HostTensor, Snapshot
-from latentwire.config import CheckpointSection, Config, WorkloadSection
-from latentwire.run.directory import Run, create_run
-
-
-def tensor(dtype: str, code: str, *values: float) -> HostTensor:
-    return HostTensor(dtype, (len(values),), memoryview(array.array(code, values)).cast("B"))
-
-
-def bfloat(*values: float) -> HostTensor:
-    """The upper halves of float32 numbers."""
-    halves = [struct.unpack("<I", struct.pack("<f", value))[0] >> 16 for value in values]
-    return HostTensor("BF16", (len(values),), memoryview(array.array("H", halves)).cast("B"))
+from latentwire.run.atomic import read_json
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    """A run that keeps one checkpoint and the best."""
-    section = CheckpointSection(keep=1, best_metric=METRIC)
-    return create_run(Config(name="toy", workload=WorkloadSection(target="script"), checkpoint=section), tmp_path)
+def test_checkpoints_ls(home: Path) -> None:
+    run = make_run(home)
+    assert printed(home, "checkpoints", "ls", "toy") == "toy has no checkpoint yet\n"
+    save(run, 10, 20)
+    (run.checkpoints / "step-00000020" / "manifest.json").write_text("{}")
+    (run.checkpoints / "quarantine" / "step-00000005.attempt-0001-1").mkdir(parents=True)
+    _, first, second, quarantined = printed(home, "checkpoints", "ls", "toy").splitlines()
+    assert first.split()[:2] == ["step-00000010", "verified"]
+    assert first.endswith("eval/loss=1.25")
+    assert second.split()[:2] == ["step-00000020", "BAD"]
+    assert quarantined.endswith("step-00000005.attempt-0001-1")
 
 
-def latentwire(run: Run, *arguments: str, code: int = 0) -> str:
-    """What ``latentwire checkpoints`` says: on stdout if it goes well, on stderr if not."""
-    command = [sys.executable, "-m", "latentwire", "checkpoints", *arguments, "--runs-dir", str(run.path.parent)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == code, result.stderr
-    assert "Traceback" not in result.stderr
-    return result.stdout or result.stderr
+def test_checkpoints_verify_names_the_file_and_changes_nothing(home: Path) -> None:
+    run = make_run(home)
+    save(run, 10, 20)
+    assert len(printed(home, "checkpoints", "verify", "toy").splitlines()) == 2
+    bad = run.checkpoints / "step-00000020" / "model.safetensors"
+    data = bytearray(bad.read_bytes())
+    data[-1] ^= 1
+    bad.write_bytes(data)
+    before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*")}
+    result = latentwire(home, "checkpoints", "verify", "toy")
+    assert result.returncode == 1
+    assert result.stdout.startswith("step-00000010: ")
+    assert result.stderr.startswith(f"latentwire: {bad} has SHA-256")
+    assert {path: path.stat().st_mtime_ns for path in run.path.rglob("*")} == before
+    assert "step-00000010" in printed(home, "checkpoints", "verify", "toy", "10")
+    assert "has no checkpoint of step 7; it has: 10, 20" in complaint(home, "checkpoints", "verify", "toy", "7")
 
 
-def save(run: Run, step: int, values: dict[str, object], **groups: dict[str, HostTensor]) -> None:
-    manager = open_manager(run.checkpoints, keep=9)
-    manager.save(Snapshot(step, groups, values))
-    manager.close()
+def test_checkpoints_inspect_counts_the_tensors(home: Path) -> None:
+    run = make_run(home)
+    assert "has no checkpoint yet" in complaint(home, "checkpoints", "inspect", "toy")
+    save(run, 10, 20)
+    text = printed(home, "checkpoints", "inspect", "toy")
+    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line}
+    assert rows["step"] == ["20"]
+    assert rows["identity.config"] == ["ab"]
+    assert rows["model"][:3] == ["2", "2", "F32"]
+    assert rows["optimizer"][:3] == ["1", "1", "I64"]
+    manifest = read_json(run.checkpoints / "step-00000020" / "manifest.json")
+    assert rows["model"][-1] == manifest["files"]["model.safetensors"]["sha256"]
+    assert "10" in printed(home, "checkpoints", "inspect", "toy", "10").splitlines()[0]
 
 
-def names(run: Run) -> list[str]:
-    return sorted(path.name for path in run.checkpoints.iterdir())
-
-
-def test_diff_tells_which_tensors_and_values_differ_and_by_how_much(run: Run) -> None:
-    same = tensor("F32", "f", 1.0, 2.0)
-    model = {"same": same, "moved": tensor("F32", "f", 1.0, 2.0), "half": bfloat(1.0, 2.0), "gone": same}
-    save(run, 1, {"step": 1, "lr": [0.1, 0.2]}, model=model, random={"torch": tensor("U8", "B", 1, 2)})
-    model = {"same": same, "moved": tensor("F32", "f", 1.5, 2.25), "half": bfloat(1.0, 4.0), "new": same}
-    save(run, 2, {"step": 2, "lr": [0.1, 0.3]}, model=model, random={"torch": tensor("U8", "B", 1, 2)})
-    header, *groups = latentwire(run, "diff", "toy", "1", "2", code=1).splitlines()
-    assert header.split() == ["group", "equal", "different", "only", "in", "1", "only", "in", "2"]
-    table = [line.split(maxsplit=2) for line in groups]
-    assert table[0] == ["model", "1", "2          1          1"]
-    assert table[1] == ["random", "1", "0          0          0"]
-    assert sorted(table[3:]) == [
-        ["model", "gone", "only in the first"],
-        ["model", "half", "BF16 [2], largest difference 2"],
-        ["model", "moved", "F32 [2], largest difference 0.5"],
-        ["model", "new", "only in the second"],
-        ["values", "lr.1", "0.2 -> 0.3"],
-        ["values", "step", "1 -> 2"],
-    ]
-    assert len(latentwire(run, "diff", "toy", "2", "2").splitlines()) == 3
-
-
-def test_export_writes_the_weights_that_it_verified(run: Run, tmp_path: Path) -> None:
-    average = {"n_averaged": tensor("I64", "q", 3), "module.w": tensor("F32", "f", 7.0)}
-    save(run, 1, {}, model={"w": tensor("F32", "f", 1.0), "v": tensor("F32", "f", 3.0)})
-    save(run, 2, {}, model={"w": tensor("F32", "f", 2.0)}, ema=average)
-    said = latentwire(run, "export", "toy", "1", "--to", str(tmp_path / "first"))
-    assert said.startswith("step-00000001: 2 tensors, 8 B, verified")
-    latentwire(run, "export", "toy", "--ema", "--to", str(tmp_path / "average"))
-    exported = {name: load_file(tmp_path / name / "model.safetensors") for name in ("first", "average")}
-    numpy.testing.assert_equal(exported, {"first": {"w": [1.0], "v": [3.0]}, "average": {"w": [7.0]}})
-    assert "first exists" in latentwire(run, "export", "toy", "--to", str(tmp_path / "first"), code=1)
-
-
-def test_export_of_a_corrupt_checkpoint_writes_nothing(run: Run, tmp_path: Path) -> None:
-    save(run, 1, {}, model={"w": tensor("F32", "f", 1.0)})
-    weights = run.checkpoints / "step-00000001" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
-    before = sorted(os.listdir(tmp_path))
-    assert str(weights) in latentwire(run, "export", "toy", "--to", str(tmp_path / "out"), code=1)
-    assert sorted(os.listdir(tmp_path)) == before
-
-
-def test_prune_says_what_goes_and_keeps_the_newest_and_the_best(run: Run) -> None:
-    commit(open_manager(run.checkpoints, keep=9), 1, 2, 3, 4, 5)  # the best is 2
-    before = names(run)
-    dry = latentwire(run, "prune", "toy", "--dry-run", "--keep", "2").splitlines()
-    assert [line.split(":")[0] for line in dry[:-1]] == ["step-00000001", "step-00000003"]
-    assert dry[-1].endswith("would be freed")
-    assert names(run) == before
-    assert latentwire(run, "prune", "toy").splitlines()[-1].endswith("were freed")
-    assert names(run) == ["step-00000002", "step-00000005"]
-
-
-def test_prune_leaves_a_run_alone_that_is_running(run: Run) -> None:
-    commit(open_manager(run.checkpoints, keep=9, event=Events()), 1, 3)
-    run.claim_attempt("1", "local")  # this very process is its agent
-    assert "toy is running" in latentwire(run, "prune", "toy", code=1)
-    assert names(run) == ["step-00000001", "step-00000003"]
+@pytest.mark.parametrize("damage", ["truncated", "emptied", "removed", "linked"])
+def test_checkpoints_inspect_of_a_damaged_file_is_one_line(home: Path, damage: str) -> None:
+    run = make_run(home)
+    save(run, 10)
+    path = run.checkpoints / "step-00000010" / "model.safetensors"
+    data = path.read_bytes()
+    path.unlink()
+    if damage == "truncated":
+        path.write_bytes(data[:-1])
+    elif damage == "emptied":
+        path.touch()
+    elif damage == "linked":
+        path.symlink_to("optimizer.safetensors")
+    said = complaint(home, "checkpoints", "inspect", "toy")
+    assert said.startswith("latentwire: ")
+    assert "model.safetensors" in said

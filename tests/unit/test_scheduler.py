@@ -11,7 +11,7 @@ from latentwire.config import SchedulerSection, parse_config
 from latentwire.errors import ConfigError
 from latentwire.scheduler import slurm
 from latentwire.scheduler.job import SlurmAllocation
-from latentwire.scheduler.submission import check_time, scheduler_kind
+from latentwire.scheduler.submission import check_times, scheduler_kind
 
 NO_CLUSTER = "echo 'scontrol: fatal: Could not establish a configuration source' >&2; exit 1"
 DOWN = "echo 'Slurmctld(primary) at login is DOWN'; exit 1"
@@ -90,7 +90,15 @@ def test_a_time_limit_that_leaves_no_time_is_refused(
     sections = {"scheduler": {"kind": "slurm", "time_min": minutes}, "preemption": {"grace_s": grace_s}}
     config = parse_config({"name": "a", "workload": {"target": "script"}, **sections}, "here")
     if fits:
-        check_time(config)
+        check_times([config])
         return
     with pytest.raises(ConfigError, match=r"scheduler\.time_min.* Ask for 4 min or more"):
-        check_time(config)
+        check_times([config])
+
+
+def test_a_fleet_asks_once_whether_there_is_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = tmp_path / "asked"
+    install(tmp_path, monkeypatch, sbatch="", scontrol=f"echo ping >> {asked}")
+    configs = [parse_config({"name": name, "workload": {"target": "script"}}, "here") for name in "abc"]
+    assert check_times(configs) == {"auto": "slurm"}
+    assert asked.read_text() == "ping\n"

@@ -1,14 +1,9 @@
-"""The agent with real ranks: how it ends on signals, and what it makes of failures."""
+"""A life: one run under every signal, compared at the end with the run that nobody disturbed."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import signal
-import struct
-from collections.abc import Iterator
-from contextlib import ExitStack
-from typing import Any
 
 import psutil
 import pytest
@@ -30,12 +25,9 @@ from running import (
 )
 
 from latentwire.checklist.drill import final_digests
-from latentwire.checkpoint import reader
 from latentwire.run.budget import next_move, verdict_of
 from latentwire.run.directory import Attempt, Run
 from latentwire.run.journal import read_journal
-
-# --- a life: one run under every signal, compared at the end with the run that nobody disturbed ----------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,9 +115,8 @@ def _lives(process: psutil.Process) -> bool:
 
 
 @pytest.fixture(scope="module")
-def life(tmp_path_factory: pytest.TempPathFactory, failing: dict[str, AgentProcess]) -> dict[str, Chapter]:
-    """The chapters by name, in order; lived while other runs fail beside it."""
-    assert failing
+def life(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Chapter]:
+    """The chapters by name, in order."""
     folder = tmp_path_factory.mktemp("life")
     run = make_run(folder)
     chapters = {
@@ -238,157 +229,3 @@ def test_a_resume_reads_no_pickle(life: dict[str, Chapter]) -> None:
     chapter = life["finished"]
     assert "nothing is unpickled here" in (chapter.attempt.path / "stderr.log").read_text()
     assert _restored(chapter) > 0
-
-
-# --- failures ---------------------------------------------------------------------------------------------------------
-
-STEP = 16  # samples of one step
-
-
-def _troubles(*troubles: tuple[str, int, bool]) -> dict[str, Any]:
-    listed = [{"kind": kind, "after_samples": steps * STEP, "once": once} for kind, steps, once in troubles]
-    return {"options": {"troubles": listed}}
-
-
-@pytest.fixture(scope="module")
-def failing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, AgentProcess]]:
-    """Runs that fail in their own ways, at the same time."""
-    folder = tmp_path_factory.mktemp("failing")
-    once = (("oom", 3, True), ("network", 5, True), ("kill", 7, True), ("exit", 9, True), ("segfault", 11, True))
-    runs = {
-        "once": make_run(folder, "once", workload=_troubles(*once)),
-        "bug": make_run(folder, "bug", workload=_troubles(("bug", 3, False))),
-        "no-data": make_run(folder, "no-data", workload={"options": {"no_data": True}}),
-        "diverging": make_run(
-            folder,
-            "diverging",
-            ("train.max_skipped_steps=2",),
-            workload=_troubles(("nan", 2, True), ("explode", 5, True), ("nan", 9, True)),
-        ),
-    }
-    with ExitStack() as stack:
-        yield {name: stack.enter_context(agent_of(run)) for name, run in runs.items()}
-
-
-def test_each_cause_is_told_apart_and_overcome(failing: dict[str, AgentProcess]) -> None:
-    agent = failing["once"]
-    assert agent.outcome() == "finished"
-    verdicts = [verdict_of(attempt) for attempt in agent.run.attempts()]
-    assert [v.cause for v in verdicts] == ["oom", "network", "killed", "other", "killed", None]
-    assert "SIGKILL" in str(verdicts[2].error)
-    assert "exit code 3" in str(verdicts[3].error)
-    assert "SIGSEGV" in str(verdicts[4].error)
-
-
-def test_out_of_memory_halves_the_micro_batch_and_keeps_the_global_batch(failing: dict[str, AgentProcess]) -> None:
-    failing["once"].outcome()
-    placements = [json.loads((a.path / "placement.json").read_text()) for a in failing["once"].run.attempts()]
-    assert [p["micro_batch"] for p in placements] == [2, 1, 1, 1, 1, 1]
-    assert {p["micro_batch"] * p["num_micro_batches"] for p in placements} == {STEP}
-    assert "halved" in placements[1]["why"]
-
-
-def test_a_network_failure_is_retried_after_a_pause(failing: dict[str, AgentProcess]) -> None:
-    failing["once"].outcome()
-    _, failed, retried, *_ = failing["once"].run.attempts()
-    ended = failed.ended()
-    assert ended is not None
-    pause = failed.run.config().retry.network_backoff_s
-    assert retried.record()["claimed"] - ended["time"] >= pause - 0.002  # times in journals are rounded
-
-
-def test_a_bug_is_retried_within_its_budget_and_then_told(failing: dict[str, AgentProcess]) -> None:
-    agent = failing["bug"]
-    assert agent.outcome() == "failed"
-    attempts = agent.run.attempts()
-    assert len(attempts) == 1 + agent.run.config().retry.other
-    assert {verdict_of(a).cause for a in attempts} == {"other"}
-    reason = next_move(agent.run, agent.run.config().retry).reason
-    assert "without a step gained" in reason
-    assert "RuntimeError: a bug in the toy" in reason
-    errors = (attempts[-1].path / "stderr.log").read_text()
-    assert "Traceback (most recent call last)" in errors
-    assert 'raise RuntimeError("a bug in the toy")' in errors
-
-
-def test_a_users_mistake_is_not_retried(failing: dict[str, AgentProcess]) -> None:
-    agent = failing["no-data"]
-    assert agent.outcome() == "failed"
-    (attempt,) = agent.run.attempts()
-    assert verdict_of(attempt).cause == "user"
-    assert "there is no data file" in next_move(agent.run, agent.run.config().retry).reason
-
-
-def test_bad_steps_are_skipped_and_too_many_end_the_run(failing: dict[str, AgentProcess]) -> None:
-    agent = failing["diverging"]
-    assert agent.outcome() == "failed"
-    (attempt,) = agent.run.attempts()
-    skipped = {e["step"]: e["reason"] for e in events(attempt, "step_skipped")}
-    assert skipped == {3: "the loss is not finite", 6: "the gradient norm is over 10000", 10: "the loss is not finite"}
-    verdict = verdict_of(attempt)
-    assert verdict.cause == "user"
-    assert "TrainingDiverged: step 10" in str(verdict.error)
-    assert {r["step"]: r["loss"] for r in trained_steps(attempt)}[3] == "nan"
-
-
-def test_a_skipped_step_leaves_the_weights_alone(failing: dict[str, AgentProcess]) -> None:
-    failing["diverging"].outcome()
-    (attempt,) = failing["diverging"].run.attempts()
-    loaded = reader.load(attempt.run.checkpoints / "step-00000008")
-    steps = loaded.tensors["optimizer"]["state.0.step"].data
-    assert struct.unpack("<f", bytes(steps)) == (6.0,), "8 steps, two of them skipped"
-
-
-# --- what a run leaves on disk ----------------------------------------------------------------------------------------
-
-
-def test_an_attempt_has_all_its_files(calm: Run) -> None:
-    (attempt,) = calm.attempts()
-    assert (attempt.path / "stdout.log").read_text() == "the toy is built\n"
-    assert (attempt.path / "stderr.log").read_text() == "the toy complains\n"
-    environment = json.loads((attempt.path / "environment.json").read_text())
-    assert {"gpus", "cpu_model", "versions", "host", "python"} <= set(environment)
-    assert environment["versions"]["torch"]
-    placement = json.loads((attempt.path / "placement.json").read_text())
-    assert (len(placement["devices"]), placement["micro_batch"], placement["num_micro_batches"]) == (1, 2, 8)
-    stats = list(read_journal(attempt.path / "gpu_stats.jsonl"))
-    assert stats[0]["event"] == "monitor_started"
-    samples = [line["host"] for line in stats if "host" in line]
-    assert len(samples) >= 2
-    assert all(host["memory_total_bytes"] > 0 for host in samples)
-    for rollup in ("metrics.json", "gpu_stats.json"):
-        assert json.loads((calm.path / rollup).read_text())
-
-
-def test_every_step_has_its_line_of_metrics(calm: Run) -> None:
-    (attempt,) = calm.attempts()
-    steps = trained_steps(attempt)
-    assert [r["step"] for r in steps] == list(range(1, calm.config().train.steps + 1))
-    wanted = {"time", "step", "loss", "plane", "lr", "grad_norm", "samples_per_s", "tokens_per_s", "step_s"}
-    wanted |= {"data_s", "forward_backward_s", "optimizer_s", "save_s"}
-    assert all(wanted <= set(record) for record in steps)
-    assert any(record["save_s"] > 0 for record in steps)
-    evaluations = [r for r in read_journal(attempt.path / "metrics.jsonl") if "eval/loss" in r]
-    assert [r["step"] for r in evaluations] == [6, 12, 18, 20]
-
-
-def test_a_checkpoint_holds_all_states(calm: Run) -> None:
-    loaded = reader.load(max(calm.checkpoints.glob("step-*")))
-    assert set(loaded.tensors) == {"model", "optimizer", "ema", "random"}
-    trees = loaded.values["trees"]
-    assert set(trees) == {"model", "optimizer", "scheduler", "scaler", "ema", "random"}
-    assert set(trees["random"]) == {"python", "numpy", "torch", "cuda"}
-    assert len(trees["random"]["python"][1]) == 625
-    assert len(trees["random"]["numpy"][1]) == 624
-    assert trees["scheduler"]["last_epoch"] == 20
-    assert loaded.values["step"] == 20
-    assert loaded.values["progress"]["counters"] == {"samples": 20 * STEP, "tokens": 20 * STEP, "skipped_steps": 0}
-    assert loaded.manifest.identity == {"config": calm.config().digest(), "frozen": {"nothing": "0" * 64}}
-    assert "eval/loss" in loaded.manifest.metrics
-    names = {path.suffix for path in loaded.path.iterdir()}
-    assert names <= {".safetensors", ".json", ""}
-
-
-def test_the_newest_and_the_best_checkpoints_are_kept(calm: Run) -> None:
-    steps = sorted(int(path.name.removeprefix("step-")) for path in calm.checkpoints.glob("step-*"))
-    assert steps == [16, 18, 20]

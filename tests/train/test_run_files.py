@@ -1,0 +1,66 @@
+"""What a run leaves on disk."""
+
+from __future__ import annotations
+
+import json
+
+from running import trained_steps
+
+from latentwire.checkpoint import reader
+from latentwire.run.directory import Run
+from latentwire.run.journal import read_journal
+
+STEP = 16
+"""Samples of one step."""
+
+
+def test_an_attempt_has_all_its_files(calm: Run) -> None:
+    (attempt,) = calm.attempts()
+    assert (attempt.path / "stdout.log").read_text() == "the toy is built\n"
+    assert (attempt.path / "stderr.log").read_text() == "the toy complains\n"
+    environment = json.loads((attempt.path / "environment.json").read_text())
+    assert {"gpus", "cpu_model", "versions", "host", "python"} <= set(environment)
+    assert environment["versions"]["torch"]
+    placement = json.loads((attempt.path / "placement.json").read_text())
+    assert (len(placement["devices"]), placement["micro_batch"], placement["num_micro_batches"]) == (1, 2, 8)
+    stats = list(read_journal(attempt.path / "gpu_stats.jsonl"))
+    assert stats[0]["event"] == "monitor_started"
+    samples = [line["host"] for line in stats if "host" in line]
+    assert len(samples) >= 2
+    assert all(host["memory_total_bytes"] > 0 for host in samples)
+    for rollup in ("metrics.json", "gpu_stats.json"):
+        assert json.loads((calm.path / rollup).read_text())
+
+
+def test_every_step_has_its_line_of_metrics(calm: Run) -> None:
+    (attempt,) = calm.attempts()
+    steps = trained_steps(attempt)
+    assert [r["step"] for r in steps] == list(range(1, calm.config().train.steps + 1))
+    wanted = {"time", "step", "loss", "plane", "lr", "grad_norm", "samples_per_s", "tokens_per_s", "step_s"}
+    wanted |= {"data_s", "forward_backward_s", "optimizer_s", "save_s"}
+    assert all(wanted <= set(record) for record in steps)
+    assert any(record["save_s"] > 0 for record in steps)
+    evaluations = [r for r in read_journal(attempt.path / "metrics.jsonl") if "eval/loss" in r]
+    assert [r["step"] for r in evaluations] == [6, 12, 18, 20]
+
+
+def test_a_checkpoint_holds_all_states(calm: Run) -> None:
+    loaded = reader.load(max(calm.checkpoints.glob("step-*")))
+    assert set(loaded.tensors) == {"model", "optimizer", "ema", "random"}
+    trees = loaded.values["trees"]
+    assert set(trees) == {"model", "optimizer", "scheduler", "scaler", "ema", "random"}
+    assert set(trees["random"]) == {"python", "numpy", "torch", "cuda"}
+    assert len(trees["random"]["python"][1]) == 625
+    assert len(trees["random"]["numpy"][1]) == 624
+    assert trees["scheduler"]["last_epoch"] == 20
+    assert loaded.values["step"] == 20
+    assert loaded.values["progress"]["counters"] == {"samples": 20 * STEP, "tokens": 20 * STEP, "skipped_steps": 0}
+    assert loaded.manifest.identity == {"config": calm.config().digest(), "frozen": {"nothing": "0" * 64}}
+    assert "eval/loss" in loaded.manifest.metrics
+    names = {path.suffix for path in loaded.path.iterdir()}
+    assert names <= {".safetensors", ".json", ""}
+
+
+def test_the_newest_and_the_best_checkpoints_are_kept(calm: Run) -> None:
+    steps = sorted(int(path.name.removeprefix("step-")) for path in calm.checkpoints.glob("step-*"))
+    assert steps == [16, 18, 20]
