@@ -136,6 +136,10 @@ class CheckpointSection(Section):
     host_memory_gb: Annotated[float, Field(gt=0)] | None = None
     """A state larger than this is not copied first but streamed to the disk while training waits. None: half of the
     memory that is free at the start."""
+    link_unchanged: bool = False
+    """Files that did not change since the last verified checkpoint are hard-linked and not written again. Saves the
+    disk much where frozen weights are tracked; but then one bad byte of such a file spoils all checkpoints that share
+    it, so have a mirror."""
     max_unchanged: Positive = 3
     """After so many saves in a row with the very same weights an alarm is raised."""
     mirror: Annotated[str, Field(pattern=r"^(file:///|s3://|gs://)[^?#]*[^?#/]$")] | None = None

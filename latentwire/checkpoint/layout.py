@@ -1,4 +1,4 @@
-"""What a checkpoint looks like on disk: names, manifest, tensor files. Pure: nothing here touches the disk.
+"""What a checkpoint looks like on disk: names, manifest, which file holds what. Pure: nothing here touches the disk.
 
 ::
 
@@ -8,9 +8,6 @@
       state.json             everything that is not a tensor
       model.safetensors      one or several files per group of tensors
       verified.json          added after the read-back; the only file that may come later
-
-Tensor files follow the safetensors format (https://github.com/huggingface/safetensors#format): eight bytes with the
-length of a JSON header, the header, the bytes.
 """
 
 from __future__ import annotations
@@ -18,12 +15,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from latentwire.errors import CheckpointCorrupt, CheckpointError, CheckpointTooNew, CheckpointUnsafe
+from latentwire.checkpoint.bounded import MAX_JSON_BYTES, parse_json, short, whole
+from latentwire.checkpoint.tensor_file import TensorSource, num_bytes_of
+from latentwire.errors import CheckpointCorrupt, CheckpointTooNew, CheckpointUnsafe
 from latentwire.run.atomic import json_safe
 
 FORMAT = 1
@@ -31,80 +29,17 @@ MANIFEST = "manifest.json"
 SUMS = "SHA256SUMS"
 STATE = "state.json"
 VERIFIED = "verified.json"
-METADATA = "__metadata__"
-"""In a tensor file's header, a key that names no tensor."""
 SAVING_PREFIX = ".saving-"
 DELETING_PREFIX = ".deleting-"
 QUARANTINE = "quarantine"
 
-# Bounds of what is read, all far above what is written: whoever made the files, reading takes bounded time and memory.
+# Far above what is written: whoever made the files, reading them takes bounded time and memory.
 MAX_MANIFEST_BYTES = 8 << 20
-MAX_JSON_BYTES = 64 << 20
-MAX_HEADER_BYTES = 32 << 20
-MAX_JSON_VALUES = 2_000_000
-MAX_DIGITS = 4300
 MAX_FILES = 10_000
-MAX_TENSORS = 100_000
-MAX_DIMENSIONS = 64
-
-DTYPE_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
-    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
-}  # fmt: skip
 
 _STEP_NAME = re.compile(r"step-([0-9]{8,18})")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-class TensorSource(Protocol):
-    """A tensor that can be written, wherever its bytes are."""
-
-    @property
-    def dtype(self) -> str:
-        """Its safetensors name, a key of ``DTYPE_BYTES``."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Sizes."""
-
-    def pieces(self) -> Iterator[memoryview]:
-        """Its contiguous little-endian bytes, in order. Each piece is valid until the next is asked for."""
-
-
-class Destination(Protocol):
-    """Memory that a tensor is read into, wherever it is."""
-
-    def fill(self) -> Iterator[memoryview]:
-        """Places for its bytes, in order: each is full when the next is asked for, the last when the iterator ends."""
-
-
-@dataclasses.dataclass(frozen=True)
-class HostTensor:
-    """A tensor as bytes in host memory: a source and a destination.
-
-    Attributes:
-        dtype: its safetensors name, a key of ``DTYPE_BYTES``.
-        shape: sizes.
-        data: contiguous little-endian bytes, ``prod(shape)`` items.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    data: memoryview
-
-    @classmethod
-    def empty(cls, dtype: str, shape: tuple[int, ...]) -> HostTensor:
-        """Room for a tensor."""
-        return cls(dtype, shape, memoryview(bytearray(tensor_bytes(dtype, shape))))
-
-    def pieces(self) -> Iterator[memoryview]:
-        """See ``TensorSource``."""
-        yield self.data
-
-    def fill(self) -> Iterator[memoryview]:
-        """See ``Destination``."""
-        yield self.data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,16 +67,6 @@ class Snapshot:
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(num_bytes_of(tensor) for group in self.tensors.values() for tensor in group.values())
-
-
-def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor of that type and shape."""
-    return DTYPE_BYTES[dtype] * math.prod(shape)
-
-
-def num_bytes_of(tensor: TensorSource) -> int:
-    """Bytes of a tensor."""
-    return tensor_bytes(tensor.dtype, tensor.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,15 +138,15 @@ def parse_manifest(text: str, where: str) -> Manifest:
     """
     tree = parse_json(text, where, MAX_MANIFEST_BYTES)
     try:
-        if _whole(tree["format"]) > FORMAT:
+        if whole(tree["format"]) > FORMAT:
             raise CheckpointTooNew(
                 f"{where} has format {tree['format']}, this latentwire reads up to {FORMAT}: upgrade latentwire"
             )
         files = {check_name(name, where): _record(record) for name, record in tree["files"].items()}
         groups = {str(g): tuple(check_name(n, where) for n in names) for g, names in tree["groups"].items()}
         manifest = Manifest(
-            step=_whole(tree["step"]),
-            attempt=_whole(tree["attempt"]),
+            step=whole(tree["step"]),
+            attempt=whole(tree["attempt"]),
             created=float(tree["created"]),
             version=str(tree["version"]),
             identity=dict(tree["identity"]),
@@ -230,7 +155,7 @@ def parse_manifest(text: str, where: str) -> Manifest:
             files=files,
         )
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-        raise CheckpointCorrupt(f"{where} is not a manifest: {_short(error)}") from None
+        raise CheckpointCorrupt(f"{where} is not a manifest: {short(error)}") from None
     listed = [n for names in groups.values() for n in names]
     missing = [n for n in [*listed, STATE] if n not in files]
     if missing:
@@ -242,42 +167,6 @@ def parse_manifest(text: str, where: str) -> Manifest:
     if len(files) > MAX_FILES or files[STATE].num_bytes > MAX_JSON_BYTES:
         raise CheckpointCorrupt(f"{where} lists more, or a larger {STATE}, than latentwire ever writes")
     return manifest
-
-
-def parse_json(text: str | bytes, where: str, max_bytes: int = MAX_JSON_BYTES) -> Any:
-    """The value in a text that anybody may have written. Time and memory are bounded, whatever it holds.
-
-    Raises:
-        CheckpointCorrupt: it is not JSON, is larger or deeper than what we write, or names something twice.
-    """
-    if len(text) > max_bytes:
-        raise CheckpointCorrupt(f"{where} has {len(text)} bytes, more than any that latentwire writes")
-    try:
-        text = text if isinstance(text, str) else text.decode()
-        if not _is_small(text, max_bytes):
-            raise ValueError(f"more than {MAX_JSON_VALUES} values")
-        return json.loads(text, object_pairs_hook=_each_once, parse_int=_digits)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointCorrupt(f"{where} is not JSON: {_short(error)}") from None
-
-
-def encode_json(value: Any, where: str) -> bytes:
-    """The text of a file of JSON that ``parse_json`` will take.
-
-    Raises:
-        CheckpointError: it would not.
-    """
-    text = json.dumps(json_safe(value), indent=1, sort_keys=True, allow_nan=False) + "\n"
-    if not _is_small(text, MAX_JSON_BYTES):
-        raise CheckpointError(
-            f"{where} would take {len(text)} bytes: put large values into tensors, or out of the state"
-        )
-    return text.encode()
-
-
-def _is_small(text: str, max_bytes: int) -> bool:
-    """Every value but the first comes after one of these: so their number is known before any is made."""
-    return len(text) <= max_bytes and sum(map(text.count, ",[{")) <= MAX_JSON_VALUES
 
 
 def check_name(name: str, where: str) -> str:
@@ -372,123 +261,8 @@ def _split(group: str, tensors: Mapping[str, TensorSource], shard_bytes: int) ->
     ]
 
 
-def encode_tensors(tensors: Mapping[str, TensorSource]) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file, piece by piece: the same tensors always give the same bytes.
-
-    Raises:
-        CheckpointError: a tensor has the one name that the format keeps for itself, or they are more than are read.
-    """
-    if METADATA in tensors:
-        raise CheckpointError(f"a tensor cannot be named {METADATA}, which safetensors keeps for itself: rename it")
-    if len(tensors) > MAX_TENSORS:
-        raise CheckpointError(f"{len(tensors)} tensors are more than the {MAX_TENSORS} that a checkpoint may hold")
-    order = sorted(tensors, key=lambda name: (-DTYPE_BYTES[tensors[name].dtype], name))  # keeps every tensor aligned
-    header: dict[str, Any] = {METADATA: {"format": "pt"}}
-    offset = 0
-    for name in order:
-        tensor = tensors[name]
-        end = offset + num_bytes_of(tensor)
-        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for name in order:
-        yield from tensors[name].pieces()
-
-
-@dataclasses.dataclass(frozen=True)
-class Span:
-    """Where a tensor lies in its file, without its bytes."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-
-def header_bytes(first: bytes, num_bytes: int, where: str) -> int:
-    """The length of a tensor file's header from its first eight bytes.
-
-    Raises:
-        CheckpointCorrupt: it claims more than the file has, or than we ever write.
-    """
-    length = int.from_bytes(first, "little")
-    if len(first) < 8 or length > min(MAX_HEADER_BYTES, num_bytes - 8):
-        raise CheckpointCorrupt(f"{where}: its header claims {length} bytes of a file of {num_bytes}")
-    return length
-
-
-def parse_header(text: bytes, body_bytes: int, where: str) -> list[Span]:
-    """The tensors of a file in the order of their bytes, which they tile without a gap.
-
-    Raises:
-        CheckpointCorrupt: the header does not parse, or its offsets do not tile the body exactly.
-    """
-    try:
-        header = parse_json(text, where, MAX_HEADER_BYTES)
-        header.pop(METADATA, None)
-        if len(header) > MAX_TENSORS:
-            raise ValueError(f"{len(header)} tensors are more than latentwire ever writes")
-        found = sorted((*map(_whole, e["data_offsets"]), name) for name, e in header.items())
-        spans, position = [], 0
-        for begin, end, name in found:
-            dtype, shape = header[name]["dtype"], tuple(map(_whole, header[name]["shape"]))
-            if len(shape) > MAX_DIMENSIONS or math.prod(n or 1 for n in shape) >= 1 << 63:
-                raise ValueError(f"tensor {name!r} has no possible shape")
-            if not begin == position <= end or end - begin != tensor_bytes(dtype, shape):
-                raise ValueError(f"tensor {name!r} does not fit its place")
-            spans.append(Span(name, dtype, shape))
-            position = end
-        if position != body_bytes:
-            raise ValueError(f"{body_bytes - position} bytes belong to no tensor")
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-        raise CheckpointCorrupt(f"{where} is not a safetensors file: {_short(error)}") from None
-    return spans
-
-
-def decode_tensors(data: memoryview, where: str) -> dict[str, HostTensor]:
-    """The tensors of a safetensors file, as views into ``data``.
-
-    Raises:
-        CheckpointCorrupt: see ``header_bytes`` and ``parse_header``.
-    """
-    length = header_bytes(bytes(data[:8]), data.nbytes, where)
-    tensors, position = {}, 8 + length
-    for span in parse_header(bytes(data[8:position]), data.nbytes - position, where):
-        end = position + tensor_bytes(span.dtype, span.shape)
-        tensors[span.name] = HostTensor(span.dtype, span.shape, data[position:end])
-        position = end
-    return tensors
-
-
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    tree = dict(pairs)
-    if len(tree) != len(pairs):
-        raise ValueError("a name is there twice")
-    return tree
-
-
-def _digits(text: str) -> int:
-    """Python's own limit, also where somebody has switched it off: the time grows with the square."""
-    if len(text) > MAX_DIGITS:
-        raise ValueError(f"a number has {len(text)} digits")
-    return int(text)
-
-
-def _whole(value: Any) -> int:
-    """A number that can count bytes or steps."""
-    if type(value) is not int or not 0 <= value < 1 << 63:
-        raise ValueError(f"{value!r:.100} is not a count")
-    return value
-
-
-def _short(error: Exception) -> str:
-    """What is said of an error: it may repeat what it met, however long."""
-    return f"{type(error).__name__}: {error!s:.200}"
-
-
 def _record(value: Any) -> FileRecord:
-    return FileRecord(_whole(value["bytes"]), _sha(value["sha256"]))
+    return FileRecord(whole(value["bytes"]), _sha(value["sha256"]))
 
 
 def _sha(value: Any) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -22,9 +21,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import stamina
 
 from latentwire.checkpoint import layout, reader, shares, writer
+from latentwire.checkpoint.folder import CheckpointFolder
 from latentwire.checkpoint.layout import FileRecord, Manifest, Snapshot, TensorFile, step_name
 from latentwire.checkpoint.reader import Loaded, Place
-from latentwire.checkpoint.retention import Kept, to_delete
 from latentwire.checkpoint.unchanged import Unchanged
 from latentwire.checkpoint.writer import Writer
 from latentwire.errors import (
@@ -32,21 +31,19 @@ from latentwire.errors import (
     CheckpointError,
     CheckpointTorn,
     CheckpointUnsafe,
-    NoSpace,
     NoUsableCheckpoint,
 )
 from latentwire.run.atomic import fsync_directory, json_safe, make_directory, read_json, write_json
-from latentwire.run.disk import naming, told
+from latentwire.run.disk import told
 
 if TYPE_CHECKING:
     from latentwire.checkpoint.mirror import Mirror
 
-_SAVING = re.compile(re.escape(layout.SAVING_PREFIX) + r"(\d+)-.*")
 _MARGIN_S = 2.0
 """Left over of a grace for closing files and the exit."""
 
 
-class CheckpointManager:
+class CheckpointManager(CheckpointFolder):
     """The checkpoints of one run, as seen by one attempt on one rank. Used from one thread.
 
     Every rank saves at the same steps and writes its share of the files; only rank 0 commits, recovers and deletes.
@@ -61,6 +58,8 @@ class CheckpointManager:
         rank, world_size: which part is this one's to write.
         keep, best_metric, best_mode: retention.
         shard_bytes, threads: how it is written.
+        link_unchanged: give a file that is equal to the last verified checkpoint's a second name instead of writing it;
+            one bad byte of it then spoils both.
         max_unchanged: so many saves in a row with the same ``watched`` group raise an alarm.
         watched: the group of tensors that training is to change.
         mirror: where verified checkpoints are copied to, and brought back from.
@@ -82,23 +81,19 @@ class CheckpointManager:
         best_mode: Literal["min", "max"] = "min",
         shard_bytes: int = 512 << 20,
         threads: int = 8,
+        link_unchanged: bool = False,
         max_unchanged: int = 3,
         watched: str = "model",
         mirror: Mirror | None = None,
     ) -> None:
-        self.folder = folder
+        super().__init__(folder, token, fence, event, keep, best_metric, best_mode)
         self.identity = dict(identity)
-        self._token = token
         self._version = version
-        self._fence = fence
-        self._event = event
-        self._keep = keep
-        self._best_metric = best_metric
-        self._best_mode: Literal["min", "max"] = best_mode
         self._rank = rank
         self._world_size = world_size
         self._threads = threads
         self._writer = Writer(threads, shard_bytes)
+        self._link_unchanged = link_unchanged
         self._unchanged = Unchanged(watched, max_unchanged)
         self._num_saves = 0
         self._leave_by: float | None = None
@@ -112,7 +107,6 @@ class CheckpointManager:
         """The step of the newest checkpoint that this attempt committed or restored."""
         self._last_save_s: float | None = None
         self._unreadable: str | None = None
-        make_directory(folder)
 
     # --- saving ---------------------------------------------------------------------------------------------------
 
@@ -164,11 +158,6 @@ class CheckpointManager:
         if self._in_flight is not None and self._in_flight.done():
             self.wait()
 
-    @property
-    def is_writer(self) -> bool:
-        """Rank 0: it commits what all ranks wrote."""
-        return self._rank == 0
-
     def take_last_save_s(self) -> float | None:
         """Seconds from the start of the last save to its commit; None where it made none, or was asked for before."""
         seconds = self._last_save_s
@@ -200,19 +189,6 @@ class CheckpointManager:
     def wait_for_mirror(self, timeout_s: float) -> bool:
         """Block until the mirror has what it was given, or could not take it; False if that took too long."""
         return self._mirror is None or self._mirror.wait(timeout_s)
-
-    def check_space(self, num_bytes: int) -> None:
-        """Refuse to start where one more checkpoint of that size would not fit.
-
-        Raises:
-            NoSpace: with figures.
-        """
-        free = shutil.disk_usage(self.folder).free
-        if free < num_bytes:
-            raise NoSpace(
-                f"a checkpoint needs about {num_bytes / 1e9:.3f} GB and {self.folder} has {free / 1e9:.3f} GB free: "
-                "free some space, or put the runs folder on another file system"
-            )
 
     def _save(self, snapshot: Snapshot, hidden: Path) -> None:
         started = time.monotonic()
@@ -258,7 +234,7 @@ class CheckpointManager:
             self.committed_step = snapshot.step
         except (OSError, CheckpointTorn) as error:
             self._writer.forget()
-            self._event("share_failed", step=snapshot.step, error=str(error))
+            self._event("share_failed", step=snapshot.step, error=self._said(error))
             if hidden.exists():
                 shares.tell_failed(hidden, self._rank, error)
 
@@ -333,15 +309,10 @@ class CheckpointManager:
                 errno.EIO, f"the disk gave back other bytes than were written ({error})", str(path)
             ) from error
         self._read_back_s = time.monotonic() - started
-        self._writer.verified(path)
+        if self._link_unchanged:
+            self._writer.may_link_to(path)
         self.mark_verified(path, seconds=self._read_back_s)
         return True
-
-    def mark_verified(self, path: Path, seconds: float) -> None:
-        """Record that the checkpoint was read back whole."""
-        if not reader.is_verified(path):
-            write_json(path / layout.VERIFIED, {"time": time.time(), "attempt": self._token, "metrics": {}})
-        self._event("save_verified", step=layout.parse_step_name(path.name), path=path.name, seconds=round(seconds, 4))
 
     def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add what was measured with a committed checkpoint's weights only after its commit, in verified.json.
@@ -372,61 +343,7 @@ class CheckpointManager:
         except OSError as error:
             self._event("prune_failed", error=told(error, self.folder))
 
-    def expendable(self) -> list[Path]:
-        """The checkpoints that retention lets go, oldest first."""
-        return [self.folder / step_name(step) for step in to_delete(self._kept(), self._keep, self._best_mode)]
-
-    def _kept(self) -> list[Kept]:
-        kept = []
-        for path in self.committed():
-            try:
-                metrics = reader.read_metrics(path)
-            except CheckpointError:
-                continue  # not ours to judge here: restore quarantines it
-            step = layout.parse_step_name(path.name)
-            assert step is not None
-            kept.append(Kept(step, reader.is_verified(path), metrics.get(self._best_metric or "")))
-        return kept
-
-    def delete(self, path: Path) -> None:
-        """Out of sight by one rename, then gone: nobody sees half a checkpoint."""
-        self._fence()
-        hidden = path.with_name(f"{layout.DELETING_PREFIX}{self._token:04d}-{path.name}")
-        os.rename(path, hidden)
-        fsync_directory(self.folder)  # else a power cut may keep the removals and not the rename
-        with naming(hidden):
-            shutil.rmtree(hidden)
-        self._event("checkpoint_pruned", step=layout.parse_step_name(path.name))
-
     # --- recovering -----------------------------------------------------------------------------------------------
-
-    def sweep(self) -> None:
-        """Remove what older attempts left half done. Called once, by a new attempt, before ``restore``."""
-        for entry in os.listdir(self.folder):
-            saving = _SAVING.fullmatch(entry)
-            older = saving is not None and int(saving.group(1)) < self._token
-            if older or entry.startswith(layout.DELETING_PREFIX):
-                self._sweep_away(self.folder / entry)
-        for path in self.committed():
-            for half_written in path.glob(f".{layout.VERIFIED}.*"):
-                half_written.unlink(missing_ok=True)
-
-    def _sweep_away(self, path: Path) -> None:
-        """Take the name away before the files: a stale writer's rename finds the whole folder, or none."""
-        away = path
-        if not path.name.startswith(layout.DELETING_PREFIX):
-            away = path.with_name(f"{layout.DELETING_PREFIX}{self._token:04d}{path.name}")
-            try:
-                os.rename(path, away)
-            except FileNotFoundError:
-                return
-        shutil.rmtree(away, ignore_errors=True)
-        self._event("swept", path=path.name)
-
-    def committed(self) -> list[Path]:
-        """All committed checkpoints, oldest first."""
-        names = [n for n in os.listdir(self.folder) if layout.parse_step_name(n) is not None]
-        return [self.folder / n for n in sorted(names, key=lambda n: layout.parse_step_name(n) or 0)]
 
     def restore(
         self,
@@ -465,7 +382,7 @@ class CheckpointManager:
             loaded = self._load(path, place, max_bytes)
             if loaded is not None:
                 return self._go_on_from(loaded)
-        quarantined = self._quarantined()
+        quarantined = self.quarantined()
         if self._unreadable is not None:
             raise NoUsableCheckpoint(
                 f"{self.folder} has {len(candidates)} checkpoints and the disk lets none be read: {self._unreadable}. "
@@ -514,20 +431,3 @@ class CheckpointManager:
         if self.committed_step is None:
             return None
         return reader.read_manifest(self.folder / step_name(self.committed_step)).group_sha256(group)
-
-    def quarantine(self, path: Path, reason: str) -> None:
-        """Move a bad checkpoint out of the way, kept for a look, never used again."""
-        self._fence()
-        place = self.folder / layout.QUARANTINE / f"{path.name}.attempt-{self._token:04d}-{time.time_ns()}"
-        make_directory(place.parent)
-        try:
-            os.rename(path, place)
-        except FileNotFoundError:  # another rank met it too and was faster
-            return
-        fsync_directory(place.parent)  # first: that there was a checkpoint must not be forgotten
-        fsync_directory(self.folder)
-        self._event("checkpoint_quarantined", path=path.name, moved_to=str(place), reason=reason)
-
-    def _quarantined(self) -> list[str]:
-        folder = self.folder / layout.QUARANTINE
-        return os.listdir(folder) if folder.is_dir() else []

@@ -13,8 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from latentwire.checkpoint import layout
-from latentwire.checkpoint.layout import Destination, FileRecord, HostTensor, Manifest, Span
+from latentwire.checkpoint import bounded, layout, tensor_file
+from latentwire.checkpoint.layout import FileRecord, Manifest
+from latentwire.checkpoint.tensor_file import Destination, HostTensor, Span
 from latentwire.errors import CheckpointCorrupt, CheckpointUnsafe
 from latentwire.run.disk import naming
 
@@ -128,9 +129,9 @@ def read_values(path: Path, manifest: Manifest) -> dict[str, Any]:
         CheckpointCorrupt, CheckpointUnsafe: state.json is not as it was committed.
         OSError: the disk refused.
     """
-    text = _read_small(path / layout.STATE, layout.MAX_JSON_BYTES)
+    text = _read_small(path / layout.STATE, bounded.MAX_JSON_BYTES)
     _compare(path / layout.STATE, hashlib.sha256(text).hexdigest(), manifest.files[layout.STATE])
-    values = layout.parse_json(text, str(path / layout.STATE))
+    values = bounded.parse_json(text, str(path / layout.STATE))
     if not isinstance(values, dict):
         raise CheckpointCorrupt(f"{path / layout.STATE} holds no names")
     return values
@@ -144,8 +145,8 @@ def _add(tensors: dict[str, dict[str, Any]], group: str, found: dict[str, Destin
     if tensors[group].keys() & found.keys():
         raise CheckpointCorrupt(f"{path} holds a tensor that another file of {group!r:.100} holds too")
     tensors[group] |= found
-    if sum(map(len, tensors.values())) > layout.MAX_TENSORS:
-        raise CheckpointCorrupt(f"{path.parent} holds more than {layout.MAX_TENSORS} tensors")
+    if sum(map(len, tensors.values())) > tensor_file.MAX_TENSORS:
+        raise CheckpointCorrupt(f"{path.parent} holds more than {tensor_file.MAX_TENSORS} tensors")
 
 
 def read_metrics(path: Path) -> dict[str, float]:
@@ -167,7 +168,7 @@ def read_metrics(path: Path) -> dict[str, float]:
 def _read_mark(path: Path) -> Any:
     """verified.json, or None: it stands outside SHA256SUMS, and lost or damaged it costs nothing."""
     try:
-        return layout.parse_json(_read_small(path, layout.MAX_MANIFEST_BYTES), str(path))
+        return bounded.parse_json(_read_small(path, layout.MAX_MANIFEST_BYTES), str(path))
     except CheckpointCorrupt:
         return None
 
@@ -210,10 +211,10 @@ def _read_tensors(path: Path, expected: FileRecord, place: Callable[[Span], Dest
     with naming(path), open(_open(path, expected.num_bytes), "rb", buffering=0) as file:
         first = bytearray(min(8, expected.num_bytes))
         _read_into(file, path, memoryview(first), digest)
-        header = bytearray(layout.header_bytes(bytes(first), expected.num_bytes, str(path)))
+        header = bytearray(tensor_file.header_bytes(bytes(first), expected.num_bytes, str(path)))
         _read_into(file, path, memoryview(header), digest)
         body_bytes = expected.num_bytes - 8 - len(header)
-        for span in layout.parse_header(bytes(header), body_bytes, str(path)):
+        for span in tensor_file.parse_header(bytes(header), body_bytes, str(path)):
             tensors[span.name] = place(span)
             for view in tensors[span.name].fill():
                 _read_into(file, path, view, digest)

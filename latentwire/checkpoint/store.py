@@ -19,7 +19,7 @@ from typing import Any
 
 import stamina
 
-from latentwire.checkpoint import layout
+from latentwire.checkpoint import bounded, layout
 from latentwire.checkpoint.layout import FileRecord
 from latentwire.errors import CheckpointCorrupt, ConfigError, LatentWireError, MirrorError
 from latentwire.run.atomic import fsync_directory
@@ -74,8 +74,8 @@ class Store:
             CheckpointCorrupt: it is gone, or larger than any that latentwire writes.
             MirrorError: the disk or the client refused.
         """
-        data = b"".join(self._patiently(lambda: list(self._chunks(folder, name, layout.MAX_JSON_BYTES + 1))))
-        if len(data) > layout.MAX_JSON_BYTES:
+        data = b"".join(self._patiently(lambda: list(self._chunks(folder, name, bounded.MAX_JSON_BYTES + 1))))
+        if len(data) > bounded.MAX_JSON_BYTES:
             raise CheckpointCorrupt(f"{self.url}/{folder}/{name} is larger than any that latentwire writes")
         return data
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from latentwire.checkpoint import layout
+from latentwire.checkpoint import bounded, layout, tensor_file
 from latentwire.checkpoint.layout import FileRecord, Manifest, Snapshot, TensorFile
 from latentwire.errors import CheckpointError
 from latentwire.run.atomic import fsync_directory
@@ -40,7 +40,7 @@ class _Written:
 
 
 class Writer:
-    """Writes checkpoints' files; remembers the last verified one's, so that an equal file is linked and not written.
+    """Writes checkpoints' files; remembers what is in them, so that an equal one can be linked and not written.
 
     Args:
         threads: files written side by side.
@@ -81,8 +81,8 @@ class Writer:
             records = list(pool.map(lambda file: self._write_or_link(folder, snapshot, file), ordered))
         return {file.name: record for file, record in zip(ordered, records, strict=True)}
 
-    def verified(self, folder: Path) -> None:
-        """The files of the last ``write`` are in this folder now and were read back: the next may be linked to them."""
+    def may_link_to(self, folder: Path) -> None:
+        """The files of the last ``write`` are in this folder now, read back: equal ones of the next may be linked."""
         self._linkable = {n: dataclasses.replace(written, path=folder / n) for n, written in self._written.items()}
 
     def forget(self) -> None:
@@ -92,7 +92,7 @@ class Writer:
     def _write_or_link(self, folder: Path, snapshot: Snapshot, file: TensorFile) -> FileRecord:
         def pieces() -> Iterator[bytes | memoryview]:
             tensors = snapshot.tensors[file.group]
-            return layout.encode_tensors({name: tensors[name] for name in file.tensors})
+            return tensor_file.encode_tensors({name: tensors[name] for name in file.tensors})
 
         path = folder / file.name
         head = _head(pieces())
@@ -113,7 +113,7 @@ def write_state(folder: Path, snapshot: Snapshot) -> FileRecord:
         CheckpointError: it would be more than may be read back.
         OSError: the disk refused.
     """
-    return write_file(folder / layout.STATE, [layout.encode_json(snapshot.values, layout.STATE)])
+    return write_file(folder / layout.STATE, [bounded.encode_json(snapshot.values, layout.STATE)])
 
 
 def seal(folder: Path, manifest: Manifest) -> None:

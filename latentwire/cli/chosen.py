@@ -11,7 +11,8 @@ from latentwire.errors import CheckpointCorrupt, CheckpointError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from latentwire.checkpoint.layout import HostTensor, Manifest
+    from latentwire.checkpoint.layout import Manifest
+    from latentwire.checkpoint.tensor_file import HostTensor
     from latentwire.run.directory import Run
 
 
@@ -38,7 +39,7 @@ def chosen(run: Run, step: int | None) -> list[Path]:
 
 def map_tensors(path: Path, num_bytes: int) -> dict[str, HostTensor]:
     """The tensors of a file, mapped: of gigabytes only the header is read."""
-    from latentwire.checkpoint.layout import decode_tensors
+    from latentwire.checkpoint.tensor_file import decode_tensors
 
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:

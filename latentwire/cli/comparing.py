@@ -16,7 +16,7 @@ from latentwire.cli.text import columns, figure, one_line
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from latentwire.checkpoint.layout import HostTensor
+    from latentwire.checkpoint.tensor_file import HostTensor
 
 _CHUNK_BYTES = 16 << 20
 _LONGEST_LINE = 160

@@ -17,8 +17,8 @@ from latentwire.cli.text import one_line, size
 from latentwire.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from latentwire.checkpoint.layout import HostTensor
     from latentwire.checkpoint.reader import Loaded
+    from latentwire.checkpoint.tensor_file import HostTensor
 
 _EMA_PREFIX = "module."
 """torch's AveragedModel puts it before the names of the model that it averages."""
@@ -35,7 +35,7 @@ def export(
 
     A workload that describes its models adds config.json, as the Hugging Face hub has it.
     """
-    from latentwire.checkpoint import layout, reader
+    from latentwire.checkpoint import reader, tensor_file
     from latentwire.run.directory import open_run
     from latentwire.target import export_config
 
@@ -50,7 +50,7 @@ def export(
     aside.mkdir(parents=True)
     try:
         with open(aside / "model.safetensors", "xb") as file:
-            file.writelines(layout.encode_tensors(weights))
+            file.writelines(tensor_file.encode_tensors(weights))
         if describe is not None:
             described = describe(config.workload.options, {name: tensor.shape for name, tensor in weights.items()})
             origin = {"run": opened.name, "step": loaded.manifest.step, "ema": ema, **loaded.manifest.identity}

@@ -45,6 +45,7 @@ def make_manager(
         best_mode=section.best_mode,
         shard_bytes=section.shard_mb << 20,
         threads=section.threads,
+        link_unchanged=section.link_unchanged,
         max_unchanged=section.max_unchanged,
         mirror=_make_mirror(run, attempt, section, event) if ranks.rank == 0 else None,
     )

@@ -16,7 +16,8 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import Tensor
 
-from latentwire.checkpoint.layout import Snapshot, TensorSource, num_bytes_of
+from latentwire.checkpoint.layout import Snapshot
+from latentwire.checkpoint.tensor_file import TensorSource, num_bytes_of
 from latentwire.errors import CheckpointTorn
 
 DTYPES = {

@@ -13,8 +13,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from latentwire.checkpoint.layout import Snapshot, Span
+from latentwire.checkpoint.layout import Snapshot
 from latentwire.checkpoint.reader import Loaded, Place
+from latentwire.checkpoint.tensor_file import Span
 from latentwire.errors import CheckpointMismatch, RunError
 from latentwire.train.staging import DTYPES, LiveTensor, Ring
 

@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 from checkpoint_parts import digest_of, rewrite_manifest
 
-from latentwire.checkpoint import layout
+from latentwire.checkpoint import bounded, layout
 from latentwire.checkpoint.layout import step_name
+from latentwire.checkpoint.tensor_file import MAX_TENSORS
 
 MODEL = "model-00001-of-00002.safetensors"
 MAX_RSS_KIB = 512 << 10
@@ -177,7 +178,7 @@ def test_a_hole_in_place_of_a_small_file(restore: Restore, folder: Path, name: s
 
 
 def test_a_state_larger_than_any(restore: Restore, folder: Path) -> None:
-    claim(folder / step_name(2) / layout.STATE, layout.MAX_JSON_BYTES + 1)
+    claim(folder / step_name(2) / layout.STATE, bounded.MAX_JSON_BYTES + 1)
     assert_refused(restore, folder, "a larger state.json")
 
 
@@ -244,7 +245,7 @@ def test_a_bomb_in_the_state(restore: Restore, folder: Path, bomb: str) -> None:
 
 def test_a_state_of_as_many_values_as_are_read(restore: Restore, folder: Path) -> None:
     """What takes the most memory of all."""
-    forge(folder / step_name(2) / layout.STATE, many_names((layout.MAX_JSON_VALUES - 1) * 12))
+    forge(folder / step_name(2) / layout.STATE, many_names((bounded.MAX_JSON_VALUES - 1) * 12))
     assert_refused(restore, folder, layout.STATE)
 
 
@@ -293,7 +294,7 @@ HEADERS: dict[str, Any] = {
     "negative shape": {"a": entry(shape=[-1, -3])},
     "shape of fractions": {"a": entry(shape=[3.0])},
     "shape of very many dimensions": {"a": entry(shape=[1] * 100_000 + [3])},
-    "very many tensors": {str(n): entry(shape=[0], offsets=[0, 0]) for n in range(layout.MAX_TENSORS)} | {"a": entry()},
+    "very many tensors": {"a": entry()} | dict.fromkeys(map(str, range(MAX_TENSORS)), entry(shape=[0], offsets=[0, 0])),
 }  # fmt: skip
 
 
@@ -313,9 +314,9 @@ def test_many_files_of_many_tensors(restore: Restore, folder: Path) -> None:
     """Each by itself is allowed."""
     path = folder / step_name(2)
     for name in (MODEL, "model-00002-of-00002.safetensors"):
-        tensors = {f"{name}{n}": entry(shape=[0], offsets=[0, 0]) for n in range(layout.MAX_TENSORS // 2 + 1)}
+        tensors = {f"{name}{n}": entry(shape=[0], offsets=[0, 0]) for n in range(MAX_TENSORS // 2 + 1)}
         forge_header(path / name, json.dumps(tensors).encode(), b"")
-    assert_refused(restore, folder, f"more than {layout.MAX_TENSORS} tensors")
+    assert_refused(restore, folder, f"more than {MAX_TENSORS} tensors")
 
 
 @pytest.mark.parametrize("first", [b"\xff" * 8, b"\0" * 7, (2**40).to_bytes(8, "little"), b""])

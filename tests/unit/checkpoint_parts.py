@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from latentwire.checkpoint import layout, reader
-from latentwire.checkpoint.layout import FileRecord, HostTensor, Snapshot
+from latentwire.checkpoint.layout import FileRecord, Snapshot
 from latentwire.checkpoint.manager import CheckpointManager
 from latentwire.checkpoint.reader import Loaded
+from latentwire.checkpoint.tensor_file import HostTensor
 
 KEEP = 2
 METRIC = "eval/loss"

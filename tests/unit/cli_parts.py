@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from latentwire.checkpoint.layout import HostTensor, Snapshot
+from latentwire.checkpoint.layout import Snapshot
 from latentwire.checkpoint.manager import CheckpointManager
+from latentwire.checkpoint.tensor_file import HostTensor
 from latentwire.config import Config, WorkloadSection
 from latentwire.run.directory import Attempt, Run, create_run
 from latentwire.run.journal import Journal

@@ -28,7 +28,7 @@ from checkpoint_parts import (
     tensor,
 )
 
-from latentwire.checkpoint import layout, reader
+from latentwire.checkpoint import layout, reader, tensor_file
 from latentwire.checkpoint.layout import Snapshot, step_name
 from latentwire.checkpoint.manager import CheckpointManager
 from latentwire.errors import (
@@ -165,7 +165,7 @@ def test_the_files_of_the_safetensors_library_read_here(tmp_path: Path) -> None:
     official = pytest.importorskip("safetensors.numpy")
     numpy = pytest.importorskip("numpy")
     arrays = {"a": numpy.arange(6, dtype=numpy.int64).reshape(2, 3), "b": numpy.ones((), numpy.float16)}
-    decoded = layout.decode_tensors(memoryview(official.save(arrays, {"who": "the library"})), "here")
+    decoded = tensor_file.decode_tensors(memoryview(official.save(arrays, {"who": "the library"})), "here")
     assert {n: (t.dtype, t.shape, bytes(t.data)) for n, t in decoded.items()} == {
         "a": ("I64", (2, 3), arrays["a"].tobytes()),
         "b": ("F16", (), arrays["b"].tobytes()),

@@ -14,7 +14,8 @@ import pytest
 from checkpoint_parts import METRIC, Events, commit, open_manager
 from safetensors.numpy import load_file
 
-from latentwire.checkpoint.layout import HostTensor, Snapshot
+from latentwire.checkpoint.layout import Snapshot
+from latentwire.checkpoint.tensor_file import HostTensor
 from latentwire.config import CheckpointSection, Config, WorkloadSection
 from latentwire.run.directory import Run, create_run
 

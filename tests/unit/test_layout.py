@@ -14,8 +14,9 @@ from checkpoint_parts import commit, open_manager, plain, snapshot
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentwire.checkpoint import layout, reader
-from latentwire.checkpoint.layout import FileRecord, HostTensor, Manifest, Snapshot
+from latentwire.checkpoint import bounded, layout, reader, tensor_file
+from latentwire.checkpoint.layout import FileRecord, Manifest, Snapshot
+from latentwire.checkpoint.tensor_file import HostTensor
 from latentwire.errors import CheckpointCorrupt, CheckpointError, CheckpointTooNew, CheckpointUnsafe
 from latentwire.run.atomic import json_safe
 
@@ -33,10 +34,10 @@ JSON = st.recursive(
 @st.composite
 def tensors(draw: st.DrawFn) -> dict[str, HostTensor]:
     named = {}
-    for name in draw(st.sets(st.text(max_size=12).filter(lambda n: n != layout.METADATA), max_size=6)):
-        dtype = draw(st.sampled_from(sorted(layout.DTYPE_BYTES)))
+    for name in draw(st.sets(st.text(max_size=12).filter(lambda n: n != tensor_file.METADATA), max_size=6)):
+        dtype = draw(st.sampled_from(sorted(tensor_file.DTYPE_BYTES)))
         shape = tuple(draw(st.lists(st.integers(0, 4), max_size=4)))
-        num_bytes = layout.DTYPE_BYTES[dtype] * math.prod(shape)
+        num_bytes = tensor_file.DTYPE_BYTES[dtype] * math.prod(shape)
         named[name] = HostTensor(dtype, shape, memoryview(draw(st.binary(min_size=num_bytes, max_size=num_bytes))))
     return named
 
@@ -47,7 +48,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
     records = {name: FileRecord(draw(st.integers(0, 2**60)), draw(SHA)) for name in names - {layout.STATE}}
     group_of = {name: draw(st.sampled_from(["", "model", "a/ä"])) for name in records}
     groups = {group: tuple(n for n in sorted(records) if group_of[n] == group) for group in set(group_of.values())}
-    records[layout.STATE] = FileRecord(draw(st.integers(0, layout.MAX_JSON_BYTES)), draw(SHA))
+    records[layout.STATE] = FileRecord(draw(st.integers(0, bounded.MAX_JSON_BYTES)), draw(SHA))
     return Manifest(
         step=draw(st.integers(0, 10**9)),
         attempt=draw(st.integers(1, 10**5)),
@@ -61,7 +62,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
 
 
 def encoded(named: dict[str, HostTensor]) -> bytes:
-    return b"".join(bytes(piece) for piece in layout.encode_tensors(named))
+    return b"".join(bytes(piece) for piece in tensor_file.encode_tensors(named))
 
 
 def with_header(header: str, body: bytes = b"") -> memoryview:
@@ -75,7 +76,7 @@ def with_header(header: str, body: bytes = b"") -> memoryview:
 @given(tensors())
 def test_tensors_read_back(named: dict[str, HostTensor]) -> None:
     data = encoded(named)
-    assert plain({"g": layout.decode_tensors(memoryview(data), "here")}) == plain({"g": named})
+    assert plain({"g": tensor_file.decode_tensors(memoryview(data), "here")}) == plain({"g": named})
     assert encoded(dict(reversed(named.items()))) == data, "the same tensors in another order give the same bytes"
 
 
@@ -86,12 +87,12 @@ def test_every_tensor_begins_at_a_multiple_of_its_item(named: dict[str, HostTens
     assert (8 + length) % 8 == 0
     header = json.loads(data[8 : 8 + length])
     for name, tensor in named.items():
-        assert header[name]["data_offsets"][0] % layout.DTYPE_BYTES[tensor.dtype] == 0
+        assert header[name]["data_offsets"][0] % tensor_file.DTYPE_BYTES[tensor.dtype] == 0
 
 
 def test_a_tensor_may_not_have_the_name_that_the_format_keeps_for_itself() -> None:
-    named = {layout.METADATA: HostTensor("U8", (1,), memoryview(b"x"))}
-    with pytest.raises(CheckpointError, match=layout.METADATA):
+    named = {tensor_file.METADATA: HostTensor("U8", (1,), memoryview(b"x"))}
+    with pytest.raises(CheckpointError, match=tensor_file.METADATA):
         encoded(named)
 
 
@@ -108,7 +109,7 @@ def test_the_files_hold_every_tensor_once_on_one_rank_and_stay_small(
     loads = [0] * world_size
     for file in files:
         assert layout.check_name(file.name, "here") == file.name
-        sizes = [size for name in file.tensors if (size := layout.num_bytes_of(named[name]))]
+        sizes = [size for name in file.tensors if (size := tensor_file.num_bytes_of(named[name]))]
         assert file.num_bytes == sum(sizes)
         assert sum(sizes) <= shard_bytes or len(sizes) == 1
         assert file.rank == 0 or all((file.group, name) in replicated for name in file.tensors)
@@ -233,7 +234,7 @@ def test_any_bytes_as_tensors_are_read_or_refused(data: bytes) -> None:
         st.text(max_size=4),
         st.fixed_dictionaries(
             {
-                "dtype": st.sampled_from([*layout.DTYPE_BYTES, "F7"]) | JSON,
+                "dtype": st.sampled_from([*tensor_file.DTYPE_BYTES, "F7"]) | JSON,
                 "shape": st.lists(st.integers(-2, 4) | JSON, max_size=3) | JSON,
                 "data_offsets": st.lists(st.integers(-2, 16) | JSON, min_size=1, max_size=3) | JSON,
             }
@@ -248,35 +249,35 @@ def test_any_header_is_read_or_refused(header: dict[str, Any], body: bytes) -> N
 
 def read_or_refuse_tensors(data: memoryview) -> None:
     try:
-        named = layout.decode_tensors(data, "here")
+        named = tensor_file.decode_tensors(data, "here")
     except CheckpointError:
         return
     body = data.nbytes - 8 - int.from_bytes(data[:8], "little")
-    assert sum(map(layout.num_bytes_of, named.values())) == body
+    assert sum(map(tensor_file.num_bytes_of, named.values())) == body
     for tensor in named.values():
-        assert tensor.data.nbytes == layout.num_bytes_of(tensor)
+        assert tensor.data.nbytes == tensor_file.num_bytes_of(tensor)
         assert all(size >= 0 for size in tensor.shape)
 
 
 @given(JSON, JSON)
 def test_a_name_that_is_there_twice_is_refused(first: Any, second: Any) -> None:
     with pytest.raises(CheckpointCorrupt, match="there twice"):
-        layout.parse_json(f'{{"a":{json.dumps(first)},"a":{json.dumps(second)}}}', "here")
+        bounded.parse_json(f'{{"a":{json.dumps(first)},"a":{json.dumps(second)}}}', "here")
 
 
 @given(st.dictionaries(st.text(max_size=8), JSON, max_size=4))
 def test_the_state_reads_back_as_it_was_written(values: dict[str, Any]) -> None:
-    assert layout.parse_json(layout.encode_json(values, "here"), "here") == json_safe(values)
+    assert bounded.parse_json(bounded.encode_json(values, "here"), "here") == json_safe(values)
 
 
-@pytest.mark.parametrize("values", [[0] * (layout.MAX_JSON_VALUES + 1), "x" * layout.MAX_JSON_BYTES])
+@pytest.mark.parametrize("values", [[0] * (bounded.MAX_JSON_VALUES + 1), "x" * bounded.MAX_JSON_BYTES])
 def test_a_state_that_would_be_refused_is_not_written(values: Any) -> None:
     with pytest.raises(CheckpointError, match="into tensors"):
-        layout.encode_json(values, "here")
+        bounded.encode_json(values, "here")
 
 
 def test_more_tensors_than_are_read_are_not_written() -> None:
-    named = dict.fromkeys(map(str, range(layout.MAX_TENSORS + 1)), HostTensor("U8", (0,), memoryview(b"")))
+    named = dict.fromkeys(map(str, range(tensor_file.MAX_TENSORS + 1)), HostTensor("U8", (0,), memoryview(b"")))
     with pytest.raises(CheckpointError, match="more than the"):
         encoded(named)
 
