@@ -92,8 +92,7 @@ class CheckpointManager(CheckpointFolder):
         self._rank = rank
         self._world_size = world_size
         self._threads = threads
-        self._writer = Writer(threads, shard_bytes)
-        self._link_unchanged = link_unchanged
+        self._writer = Writer(threads, shard_bytes, link_unchanged)
         self._unchanged = Unchanged(watched, max_unchanged)
         self._num_saves = 0
         self._leave_by: float | None = None
@@ -309,8 +308,7 @@ class CheckpointManager(CheckpointFolder):
                 errno.EIO, f"the disk gave back other bytes than were written ({error})", str(path)
             ) from error
         self._read_back_s = time.monotonic() - started
-        if self._link_unchanged:
-            self._writer.may_link_to(path)
+        self._writer.may_link_to(path)
         self.mark_verified(path, seconds=self._read_back_s)
         return True
 

@@ -45,9 +45,11 @@ class Writer:
     Args:
         threads: files written side by side.
         shard_bytes: size at which a group is divided into files.
+        link: equal files are linked.
     """
 
-    def __init__(self, threads: int, shard_bytes: int) -> None:
+    def __init__(self, threads: int, shard_bytes: int, link: bool) -> None:
+        self._link = link
         self._threads = threads
         self._shard_bytes = shard_bytes
         self._written: dict[str, _Written] = {}
@@ -82,7 +84,7 @@ class Writer:
         return {file.name: record for file, record in zip(ordered, records, strict=True)}
 
     def may_link_to(self, folder: Path) -> None:
-        """The files of the last ``write`` are in this folder now, read back: equal ones of the next may be linked."""
+        """The files of the last ``write`` are in this folder now and were read back."""
         self._linkable = {n: dataclasses.replace(written, path=folder / n) for n, written in self._written.items()}
 
     def forget(self) -> None:
@@ -95,6 +97,8 @@ class Writer:
             return tensor_file.encode_tensors({name: tensors[name] for name in file.tensors})
 
         path = folder / file.name
+        if not self._link:
+            return write_file(path, pieces())
         head = _head(pieces())
         old = self._linkable.get(file.name)
         record = None

@@ -52,6 +52,13 @@ _WORDS: dict[str, Callable[[Event], str | None]] = {
     "draining": lambda e: f"draining, {_figure(e.get('deadline_in_s'))} s left",
     "save_committed": lambda e: f"step {e.get('step')} committed in {_seconds(e)}",
     "save_failed": lambda e: f"ALARM save of step {e.get('step')} failed, trying again: {e.get('error')}",
+    "save_torn": lambda e: f"ALARM step {e.get('step')} was not saved: {e.get('error')}",
+    "share_failed": lambda e: f"ALARM a rank's share of step {e.get('step')} failed: {e.get('error')}",
+    "read_back_skipped": lambda e: f"step {e.get('step')} is read back by the next attempt: no time is left",
+    "interval_chosen": lambda e: f"saves every {_figure(e.get('seconds'))} s: {e.get('reason')}",
+    "weights_unchanged": lambda e: (
+        f"ALARM {e.get('saves')} saves in a row hold the same {e.get('group')}: is anything trained?"
+    ),
     "checkpoint_quarantined": lambda e: f"ALARM {e.get('path')} moved to quarantine: {e.get('reason')}",
     "checkpoint_skipped": lambda e: f"ALARM {e.get('path')} skipped: {e.get('reason')}",
     "checkpoint_unreadable": lambda e: f"ALARM {e.get('path')} cannot be read: {e.get('error')}",

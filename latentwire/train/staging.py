@@ -1,8 +1,8 @@
 """Tensors on their way between training and the disk: staged whole in host memory, or streamed through a small ring.
 
-Staging is what training waits for. On a GPU the copies run on a stream of their own: what only ``optimizer.step()``
-changes is copied while the next forward and backward pass run, and the optimizer's kernels wait for it on the device;
-the rest is copied before the next kernel. The loop itself waits for nothing.
+Staging is what training waits for. On a GPU the copies run on a stream of their own. With ``overlap``, what only
+``optimizer.step()`` changes is copied while the next forward and backward pass run, and the optimizer's kernels wait
+for it on the device; the rest is copied before the next kernel. The loop itself then waits for nothing.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import dataclasses
 import queue
 import threading
 from collections.abc import Collection, Iterator
+from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -33,52 +34,93 @@ RING_BYTES = 32 << 20
 """A ring's block; each thread that streams has two."""
 
 
-class Ring:
-    """Pinned blocks through which any number of bytes pass between a GPU and the threads that write or read files."""
+class SideStream:
+    """Copies of one device, apart from its other work and after what was queued before. On a CPU: done at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.follow_training()
+
+    def follow_training(self) -> None:
+        """Copies that are queued from now on come after all that this thread has queued on the device."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """Queue a copy; neither side may be touched before ``wait``."""
+        with torch.cuda.stream(self._stream):  # of None: does nothing
+            target.copy_(source, non_blocking=True)
+
+    def wait(self) -> None:
+        """Block until all that was queued is copied."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    def hold_up_training(self) -> None:
+        """The device runs nothing that this thread queues from now on before these copies are made."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+
+class Ring:
+    """Blocks through which any number of bytes pass between a device and the threads that write or read files."""
+
+    def __init__(self, block_bytes: int = RING_BYTES) -> None:
+        self._block_bytes = block_bytes
         self._free: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
 
     def pieces(self, tensor: Tensor) -> Iterator[memoryview]:
         """The tensor's bytes; the next piece is copied while the caller has this one."""
-        parts = [part for part in as_bytes(tensor).split(RING_BYTES) if part.numel()]
-        stream = torch.cuda.Stream(tensor.device)
-        stream.wait_stream(torch.cuda.current_stream(tensor.device))
-        with self._two_blocks() as blocks, torch.cuda.stream(stream):
+        parts = as_bytes(tensor).split(self._block_bytes)
+        with _Lane(self._free, self._block_bytes, tensor.device) as lane:
+            lane.fetch(0, parts[0])
             for i, part in enumerate(parts):
-                if i == 0:
-                    blocks[0][: part.numel()].copy_(part, non_blocking=True)
-                stream.synchronize()
+                lane.side.wait()
                 if i + 1 < len(parts):
-                    blocks[(i + 1) % 2][: parts[i + 1].numel()].copy_(parts[i + 1], non_blocking=True)
-                yield memory_of(blocks[i % 2][: part.numel()])
+                    lane.fetch(i + 1, parts[i + 1])
+                yield memory_of(lane.block(i, part))
 
     def fill(self, tensor: Tensor) -> Iterator[memoryview]:
-        """Places for the tensor's bytes; each is copied to the GPU while the caller fills the next."""
-        parts = [part for part in as_bytes(tensor).split(RING_BYTES) if part.numel()]
-        stream = torch.cuda.Stream(tensor.device)
-        stream.wait_stream(torch.cuda.current_stream(tensor.device))
-        with self._two_blocks() as blocks, torch.cuda.stream(stream):
+        """Places for the tensor's bytes; each is copied to the device while the caller fills the next."""
+        parts = as_bytes(tensor).split(self._block_bytes)
+        with _Lane(self._free, self._block_bytes, tensor.device) as lane:
             for i, part in enumerate(parts):
-                yield memory_of(blocks[i % 2][: part.numel()])
-                stream.synchronize()  # the block that is filled next was on its way until now
-                part.copy_(blocks[i % 2][: part.numel()], non_blocking=True)
-            stream.synchronize()
+                yield memory_of(lane.block(i, part))
+                lane.side.wait()  # the block that is filled next was on its way until now
+                lane.side.copy(part, lane.block(i, part))
 
-    @contextlib.contextmanager
-    def _two_blocks(self) -> Iterator[list[Tensor]]:
-        blocks = [self._take(), self._take()]
-        try:
-            yield blocks
-        finally:
-            for block in blocks:
-                self._free.put(block)
+
+class _Lane:
+    """Two of a ring's blocks, for one thread's one tensor. They go back when nothing is on its way any more."""
+
+    def __init__(self, free: queue.SimpleQueue[Tensor], block_bytes: int, device: torch.device) -> None:
+        self._free = free
+        self._block_bytes = block_bytes
+        self._pinned = device.type == "cuda"
+        self.side = SideStream(device)
+
+    def __enter__(self) -> _Lane:
+        self._blocks = [self._take(), self._take()]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.side.wait()  # whoever looked at the first piece only has the second still coming
+        for block in self._blocks:
+            self._free.put(block)
+
+    def block(self, number: int, part: Tensor) -> Tensor:
+        return self._blocks[number % 2][: part.numel()]
+
+    def fetch(self, number: int, part: Tensor) -> None:
+        self.side.copy(self.block(number, part), part)
 
     def _take(self) -> Tensor:
-        try:
+        with contextlib.suppress(queue.Empty):
             return self._free.get_nowait()
-        except queue.Empty:
-            return torch.empty(RING_BYTES, dtype=torch.uint8, pin_memory=True)
+        return torch.empty(self._block_bytes, dtype=torch.uint8, pin_memory=self._pinned)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,16 +150,14 @@ class LiveTensor:
     def pieces(self) -> Iterator[memoryview]:
         """See ``TensorSource``."""
         if self.tensor.is_cuda:
-            yield from self.ring.pieces(self.tensor)
-        else:
-            yield memory_of(as_bytes(self.tensor))
+            return self.ring.pieces(self.tensor)
+        return iter([memory_of(as_bytes(self.tensor))])
 
     def fill(self) -> Iterator[memoryview]:
         """See ``Destination``. The tensor must be contiguous."""
         if self.tensor.is_cuda:
-            yield from self.ring.fill(self.tensor)
-        else:
-            yield memory_of(as_bytes(self.tensor))
+            return self.ring.fill(self.tensor)
+        return iter([memory_of(as_bytes(self.tensor))])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,27 +170,27 @@ class StagedTensor:
 
     def pieces(self) -> Iterator[memoryview]:
         """See ``TensorSource``."""
-        yield from self.views
+        return iter(self.views)
 
 
 class Staging:
     """Host memory that one snapshot at a time is copied into, used again for the next. Pinned where there is a GPU.
 
-    It takes as much memory as one snapshot has bytes, rounded up to blocks of 64 MiB.
+    It takes as much memory as one snapshot has bytes, rounded up to a block of at most 64 MiB.
 
     Args:
         limit_bytes: it never takes more; what does not fit must be streamed.
     """
 
     def __init__(self, limit_bytes: int) -> None:
-        self.limit_bytes = limit_bytes
+        self._limit_bytes = limit_bytes
         self._blocks: list[Tensor] = []
         self._reserving: threading.Thread | None = None
         self._copy: _Copy | None = None
 
     def reserve(self, num_bytes: int, pinned: bool) -> None:
         """Take memory in the background, before the first snapshot needs it. Pinning costs seconds for gigabytes."""
-        if num_bytes <= self.limit_bytes:
+        if pinned and num_bytes <= self._limit_bytes:
             self._reserving = threading.Thread(target=self._grow, args=(num_bytes, pinned), daemon=True)
             self._reserving.start()
 
@@ -162,22 +202,20 @@ class Staging:
         """
         live = [(group, name, snapshot.tensors[group][name]) for group, name in mine]
         num_bytes = sum(num_bytes_of(tensor) for *_, tensor in live)
-        if num_bytes > self.limit_bytes:
+        if num_bytes > self._limit_bytes:
             return None
-        pinned = any(isinstance(tensor, LiveTensor) and tensor.tensor.is_cuda for *_, tensor in live)
         if self._reserving is not None:
             self._reserving.join()
             self._reserving = None
-        self._grow(num_bytes, pinned)
-        copy = _Copy(self._blocks)
+        self._grow(num_bytes, any(isinstance(tensor, LiveTensor) and tensor.tensor.is_cuda for *_, tensor in live))
+        self._copy = copy = _Copy(self._blocks)
         staged = {group: dict(tensors) for group, tensors in snapshot.tensors.items()}
         for group, name, tensor in sorted(live, key=lambda entry: _is_late(entry[2])):
             assert isinstance(tensor, LiveTensor)
             staged[group][name] = copy.add(tensor)
-        copy.started()
         if not overlap:
             copy.settle()
-        self._copy = copy
+        copy.hold_up_early()
         return dataclasses.replace(snapshot, tensors=staged, settle=copy.settle)
 
     def before_update(self) -> None:
@@ -205,8 +243,8 @@ class _Copy:
     def __init__(self, blocks: list[Tensor]) -> None:
         self._blocks = iter(blocks)
         self._rest = torch.empty(0, dtype=torch.uint8)
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._done: list[torch.cuda.Event] = []
+        self._early: dict[torch.device, SideStream] = {}
+        self._after: dict[torch.device, SideStream] = {}
         self._late: list[tuple[Tensor, int]] = []
         self._sources: list[Tensor] = []
         self._lock = threading.Lock()
@@ -214,33 +252,35 @@ class _Copy:
         self._torn = False
 
     def add(self, live: LiveTensor) -> StagedTensor:
-        if live.late and live.tensor.is_cuda:
-            if not self._late:
-                self._hold_up_training()
+        """Queue the copy of one tensor; the early ones come first."""
+        device = live.tensor.device
+        sides = self._after if live.late else self._early
+        if device not in sides:
+            sides[device] = SideStream(device)
+        if live.late:
             self._late.append((live.tensor, live.tensor._version))
+        source = as_bytes(live.tensor)
+        self._sources.append(source)  # not to be freed before it is copied
+        if not live.tensor.is_contiguous():
+            sides[device].follow_training()  # the source is being made only now
         views = []
-        with self._side_stream(live.tensor.device):
-            source = as_bytes(live.tensor)
-            self._sources.append(source)  # not to be freed before it is copied
-            for target, part in self._places(source):
-                target.copy_(part, non_blocking=True)
-                views.append(memory_of(target))
+        for target, part in self._places(source):
+            sides[device].copy(target, part)
+            views.append(memory_of(target))
         return StagedTensor(live.dtype, live.shape, tuple(views))
 
-    def started(self) -> None:
-        """All copies are queued."""
-        if not self._late:
-            self._hold_up_training()
-        self._done = [stream.record_event() for stream in self._streams.values()]
+    def hold_up_early(self) -> None:
+        """All are queued: what anything may change is copied before training goes on."""
+        for side in self._early.values():
+            side.hold_up_training()
 
     def guard(self) -> None:
-        """From here on the GPU's own order protects the copies."""
+        """From here on the device's own order protects the copies."""
         with self._lock:
-            if self._guarded:
-                return
-            self._guarded, self._torn = True, self._is_changed()
-        for device, event in zip(self._streams, self._done, strict=True):
-            torch.cuda.current_stream(device).wait_event(event)
+            if not self._guarded:
+                self._guarded, self._torn = True, self._is_changed()
+        for side in self._after.values():
+            side.hold_up_training()
 
     def settle(self) -> None:
         """Block until all copies are made.
@@ -248,26 +288,18 @@ class _Copy:
         Raises:
             CheckpointTorn: the loop wrote to a parameter before its copy was safe.
         """
-        for event in self._done:
-            event.synchronize()
+        for side in (*self._early.values(), *self._after.values()):
+            side.wait()
         with self._lock:
-            torn = self._torn if self._guarded else self._is_changed()
-            self._guarded = True
+            if not self._guarded:
+                self._guarded, self._torn = True, self._is_changed()
         self._sources.clear()
-        if torn:
+        if self._torn:
             raise CheckpointTorn(
                 "a parameter or an optimizer's state was changed outside of optimizer.step() while it was copied; "
                 "the next save waits for its copy. Change parameters only in optimizer.step(), or set "
                 "checkpoint.overlap to false"
             )
-
-    def _side_stream(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
-        if device.type != "cuda":
-            return contextlib.nullcontext()
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)
-            self._streams[device].wait_stream(torch.cuda.current_stream(device))
-        return torch.cuda.stream(self._streams[device])
 
     def _places(self, source: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         while source.numel():
@@ -276,11 +308,6 @@ class _Copy:
             size = min(self._rest.numel(), source.numel())
             yield self._rest[:size], source[:size]
             self._rest, source = self._rest[size:], source[size:]
-
-    def _hold_up_training(self) -> None:
-        """No kernel of the training runs before what was queued so far is copied."""
-        for device, stream in self._streams.items():
-            torch.cuda.current_stream(device).wait_stream(stream)
 
     def _is_changed(self) -> bool:
         return any(tensor._version != version for tensor, version in self._late)

@@ -6,6 +6,7 @@ which ``{"__tensor__": name}`` stands where a tensor was.
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Mapping
@@ -65,7 +66,7 @@ class TrainingState:
     def snapshot(
         self, step: int, random: Mapping[str, Any], values: Mapping[str, Any], metrics: Mapping[str, float]
     ) -> Snapshot:
-        """The state as it is, without a copy of any tensor: to be staged, or written while nobody changes it.
+        """The state as it is, without a copy of any tensor: these are to be staged, or written while nobody changes them.
 
         Args:
             step: completed steps.
@@ -84,7 +85,8 @@ class TrainingState:
         late = {(g, n) for g, ts in tensors.items() for n, t in ts.items() if t.tensor.data_ptr() in updated}
         for group, name in late:
             tensors[group][name] = LiveTensor(tensors[group][name].tensor, self._ring, late=True)
-        return Snapshot(step, tensors, {"trees": trees, **values}, metrics, replicated=frozenset(late))
+        own = copy.deepcopy(dict(values))  # the loop counts on while this is written
+        return Snapshot(step, tensors, {"trees": trees, **own}, dict(metrics), replicated=frozenset(late))
 
     def place(self) -> Place:
         """Where a checkpoint's tensors belong: into the tracked ones themselves.
