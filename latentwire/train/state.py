@@ -66,7 +66,7 @@ class TrainingState:
     def snapshot(
         self, step: int, random: Mapping[str, Any], values: Mapping[str, Any], metrics: Mapping[str, float]
     ) -> Snapshot:
-        """The state as it is, without a copy of any tensor: these are to be staged, or written while nobody changes them.
+        """The state as it is, no tensor copied: they are to be staged, or written while nobody changes them.
 
         Args:
             step: completed steps.

@@ -38,7 +38,7 @@ def test_an_exported_wire_loads_back_and_says_whose_it_is(tmp_path: Path) -> Non
     manager = CheckpointManager(
         run.checkpoints, token=1, version="0", identity=identity, fence=lambda: None, event=lambda *_, **__: None
     )
-    manager.save(state.capture(7, randomness.capture(), {"step": 7}, {}))
+    manager.save(state.snapshot(7, randomness.capture(), {"step": 7}, {}))
     manager.close()
     command = [BIN / "latentwire", "checkpoints", "export", str(run.path), "--to", tmp_path / "wire"]
     subprocess.run(command, check=True)
