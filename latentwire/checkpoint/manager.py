@@ -39,6 +39,8 @@ from latentwire.run.disk import told
 if TYPE_CHECKING:
     from latentwire.checkpoint.mirror import Mirror
 
+_PATIENCE_S, _PATIENCE = 120.0, 10.0
+"""How long rank 0 waits for the others' shares: so long, or so many times what its own took."""
 _MARGIN_S = 2.0
 """Left over of a grace for closing files and the exit."""
 
@@ -225,15 +227,17 @@ class CheckpointManager(CheckpointFolder):
 
     def _save_share(self, snapshot: Snapshot, hidden: Path) -> None:
         """The part of a rank other than 0. What the disk refuses is told to rank 0, which has the say."""
+        mine = [file for file in self._writer.plan(snapshot, self._world_size) if file.rank == self._rank]
         try:
             hidden.mkdir(exist_ok=True)
-            mine = [file for file in self._writer.plan(snapshot, self._world_size) if file.rank == self._rank]
             snapshot.settle()
             shares.tell_written(hidden, self._rank, self._writer.write(hidden, snapshot, mine))
             self.committed_step = snapshot.step
         except (OSError, CheckpointTorn) as error:
             self._writer.forget()
             self._event("share_failed", step=snapshot.step, error=self._said(error))
+            for file in mine:  # on a full disk this makes room for the word to rank 0
+                (hidden / file.name).unlink(missing_ok=True)
             if hidden.exists():
                 shares.tell_failed(hidden, self._rank, error)
 
@@ -259,9 +263,14 @@ class CheckpointManager(CheckpointFolder):
 
     def _write(self, snapshot: Snapshot, hidden: Path) -> None:
         plan = self._writer.plan(snapshot, self._world_size)
-        snapshot.settle()
-        files = self._writer.write(hidden, snapshot, [file for file in plan if file.rank == 0])
-        files |= shares.collect(hidden, range(1, self._world_size), self._fence)
+        started = time.monotonic()
+        try:
+            snapshot.settle()
+            files = self._writer.write(hidden, snapshot, [file for file in plan if file.rank == 0])
+        finally:  # also after a failure: nobody else may be writing when the folder is removed
+            patience_s = max(_PATIENCE_S, _PATIENCE * (time.monotonic() - started))
+            told_by_others = shares.collect(hidden, range(1, self._world_size), self._fence, patience_s)
+        files |= shares.records(told_by_others)
         files[layout.STATE] = writer.write_state(hidden, snapshot)
         manifest = self._manifest(snapshot, plan, files)
         writer.seal(hidden, manifest)

@@ -12,13 +12,12 @@ import errno
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from latentwire.checkpoint.layout import FileRecord
 from latentwire.run.atomic import read_json, write_json
 
 _LOOK_S = 0.02
-_PATIENCE_S = 1800.0
-"""As long as ranks wait for each other elsewhere; a rank that died is noticed by its agent much sooner."""
 
 
 def share_path(folder: Path, rank: int) -> Path:
@@ -37,28 +36,45 @@ def tell_failed(folder: Path, rank: int, error: Exception) -> None:
     write_json(share_path(folder, rank), {"errno": code, "error": str(error)})
 
 
-def collect(folder: Path, ranks: Iterable[int], check: Callable[[], None]) -> dict[str, FileRecord]:
-    """The records of the other ranks' files. Called by rank 0, on its saving thread; blocks until all have told.
+def collect(folder: Path, ranks: Iterable[int], check: Callable[[], None], patience_s: float) -> list[dict[str, Any]]:
+    """What the other ranks tell. Called by rank 0, on its saving thread; blocks until no other writes any more.
 
     Args:
         folder: the hidden folder.
         ranks: whose shares.
         check: called while waiting; raises where waiting has become pointless.
+        patience_s: for all of them together.
 
     Raises:
-        OSError: what a rank's disk said, or a rank was not heard of for half an hour.
+        OSError: a rank was not heard of for so long.
     """
-    files: dict[str, FileRecord] = {}
-    until = time.monotonic() + _PATIENCE_S
+    told = []
+    until = time.monotonic() + patience_s
     for rank in ranks:
         path = share_path(folder, rank)
-        while (told := read_json(path)) is None:
+        while (share := read_json(path)) is None:
             check()
             if time.monotonic() > until:
-                raise OSError(errno.ETIMEDOUT, f"rank {rank} has not written its share of the checkpoint", str(path))
+                raise OSError(
+                    errno.ETIMEDOUT, f"rank {rank} has not written its share in {patience_s:.0f} s", str(path)
+                )
             time.sleep(_LOOK_S)
-        if "error" in told:
-            raise OSError(told["errno"] or errno.EIO, f"rank {rank} could not write its share: {told['error']}")
-        files |= {name: FileRecord(**record) for name, record in told["files"].items()}
+        told.append({"rank": rank} | share)
         path.unlink()
+    return told
+
+
+def records(told: Iterable[dict[str, Any]]) -> dict[str, FileRecord]:
+    """The files that the other ranks wrote.
+
+    Raises:
+        OSError: what a rank's disk said.
+    """
+    files: dict[str, FileRecord] = {}
+    for share in told:
+        if "error" in share:
+            raise OSError(
+                share["errno"] or errno.EIO, f"rank {share['rank']} could not write its share: {share['error']}"
+            )
+        files |= {name: FileRecord(**record) for name, record in share["files"].items()}
     return files

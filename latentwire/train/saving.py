@@ -61,6 +61,7 @@ class Saving:
         self._began = self._last_save = time.monotonic()
         self._stalls = Pace()
         self._interval_s = section.interval_s if section.interval_s != "auto" else interval.SHORTEST_S
+        self._chosen: interval.Interval | None = None
         self._random: dict[str, Any] = {}
         self._versions: tuple[int, ...] = ()
         limit_gb = section.host_memory_gb
@@ -147,9 +148,9 @@ class Saving:
         trained_s = self._history.seconds + time.monotonic() - self._began
         stall_s = max(self._stalls.p95, 1e-3)
         chosen = interval.choose(stall_s, self.pace.p95 * 2, trained_s, self._history.num_preemptions)
-        if self._interval_s is None or abs(chosen.seconds - self._interval_s) > 0.1 * self._interval_s:
+        if self._chosen is None or abs(chosen.seconds - self._chosen.seconds) > 0.1 * self._chosen.seconds:
             self._event("interval_chosen", seconds=round(chosen.seconds, 1), reason=chosen.reason)
-            self._interval_s = chosen.seconds
+            self._chosen, self._interval_s = chosen, chosen.seconds
 
     def _interval_is_over(self) -> bool:
         seconds = self._interval_s

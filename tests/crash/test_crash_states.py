@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkpoint_parts import (
@@ -23,15 +24,19 @@ from checkpoint_parts import (
     assert_holds,
     commit,
     committed_steps,
+    half_changed,
     metric_of,
     open_manager,
+    save_on_all,
+    shared,
     snapshot,
 )
 from fault_matrix import Matrix
-from posix_disk import Close, Disk, Fsync, Mkdir, Open, Operation, Rename, Rmdir, Told, Tree, Unlink, Write
+from posix_disk import Close, Disk, Fsync, Link, Mkdir, Open, Operation, Rename, Rmdir, Told, Tree, Unlink, Write
 from recorder import Recorder, read_tree, write_tree
 
 from latentwire.checkpoint import layout
+from latentwire.checkpoint.layout import Snapshot
 from latentwire.errors import LatentWireError, NoUsableCheckpoint
 from latentwire.run.directory import Run
 
@@ -47,6 +52,7 @@ class Record:
         promised: steps that were committed before.
         damaged: a step whose checkpoint was bad before.
         never_empty: there was a checkpoint, so that a run may not begin at step 0.
+        state: what a checkpoint of a step holds.
     """
 
     before: Tree
@@ -54,6 +60,7 @@ class Record:
     promised: frozenset[int] = frozenset()
     damaged: int | None = None
     never_empty: bool = False
+    state: Callable[[int], Snapshot] = snapshot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,6 +193,22 @@ def step_again(place: Path) -> Record:
     return Record(made.before, operations)
 
 
+def ranks_and_links(place: Path) -> Record:
+    """Two ranks write each checkpoint, and link what has not changed since the one before."""
+
+    def state(step: int) -> Snapshot:
+        return shared(half_changed(step))
+
+    def scenario(run: Run, tell: Callable[..., None]) -> None:
+        ranks = [open_manager(run.checkpoints, event=tell, rank=r, world_size=2, link_unchanged=True) for r in (0, 1)]
+        for step in range(1, 5):
+            save_on_all(ranks, state(step))
+        for manager in ranks:
+            manager.close()
+
+    return dataclasses.replace(record(place, scenario, lambda run: None), state=state)
+
+
 def _renumbered(operations: tuple[Operation, ...]) -> Iterator[Operation]:
     """The handles of another process."""
     for operation in operations:
@@ -202,7 +225,7 @@ class Checks:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._numbers = itertools.count()
-        self._known: dict[frozenset[tuple[str, bytes | None]], Recovered | Lost] = {}
+        self._known: dict[Any, Recovered | Lost] = {}
         self._saved_into: set[frozenset[str]] = set()
 
     @property
@@ -210,20 +233,20 @@ class Checks:
         """Different trees so far."""
         return len(self._known)
 
-    def recovered(self, tree: Tree) -> Recovered | Lost:
+    def recovered(self, tree: Tree, state: Callable[[int], Snapshot]) -> Recovered | Lost:
         """What a new attempt makes of the tree; ``Lost`` where it sees something torn, or cannot go on."""
-        key = frozenset(tree.items())
+        key = frozenset(tree.items()), state
         if key not in self._known:
             run = Run(self._folder / str(next(self._numbers)))
             write_tree(run.path, tree)
             try:
-                self._known[key] = self._recover(run, tree)
+                self._known[key] = self._recover(run, tree, state)
             except (AssertionError, LatentWireError, OSError) as error:
                 self._known[key] = Lost(f"{type(error).__name__}: {error}")
             shutil.rmtree(run.path)
         return self._known[key]
 
-    def _recover(self, run: Run, tree: Tree) -> Recovered:
+    def _recover(self, run: Run, tree: Tree, state: Callable[[int], Snapshot]) -> Recovered:
         attempts = run.newest_number()
         torn = frozenset(step for step in steps_in(tree) if not is_sound(tree, step))
         events = Events()
@@ -235,7 +258,7 @@ class Checks:
             return Recovered(None, torn, frozenset(), attempts)
         found = 0 if loaded is None else loaded.manifest.step
         if loaded is not None:
-            assert_holds(loaded, snapshot(found))
+            assert_holds(loaded, state(found))
         names = {path.name for path in run.checkpoints.iterdir()} - {layout.QUARANTINE}
         visible = frozenset(step or 0 for step in committed_steps(manager))
         assert names == set(map(layout.step_name, visible)), "something half done was left"
@@ -285,7 +308,7 @@ def power_cuts(recorded: Record, checks: Checks) -> None:
             case Told("claimed", int(step)):
                 attempts = step
         if disk.apply(operation):
-            outcomes = {checks.recovered(tree): tree for tree in disk.after_power_cut()}
+            outcomes = {checks.recovered(tree, recorded.state): tree for tree in disk.after_power_cut()}
         for outcome, tree in outcomes.items():
             broken = breach(recorded, outcome, promised, started, attempts)
             if broken is not None:
@@ -333,8 +356,8 @@ def records(memory: Path) -> dict[str, Record]:
     return {scenario.__name__: scenario(memory / scenario.__name__) for scenario in SCENARIOS}
 
 
-SCENARIOS = (saves, recovery, last_one_damaged, step_again)
-EVERY_KIND = {Open, Write, Fsync, Close, Mkdir, Rename, Unlink, Rmdir}
+SCENARIOS = (saves, recovery, last_one_damaged, step_again, ranks_and_links)
+EVERY_KIND = {Open, Write, Fsync, Close, Mkdir, Rename, Link, Unlink, Rmdir}
 
 
 def test_no_power_cut_takes_what_was_committed(records: dict[str, Record], checks: Checks, matrix: Matrix) -> None:

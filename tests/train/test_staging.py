@@ -9,12 +9,18 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_parts import Events, open_manager
+from running import events, make_run
 
 from latentwire import Session
-from latentwire.checkpoint import reader
+from latentwire.checkpoint import interval, reader
 from latentwire.checkpoint.layout import Snapshot
+from latentwire.config import CheckpointSection
 from latentwire.errors import CheckpointTorn
+from latentwire.run.budget import History
+from latentwire.run.journal import Journal
 from latentwire.train import staging
+from latentwire.train.ranks import Ranks
+from latentwire.train.saving import Saving
 from latentwire.train.staging import DTYPES, LiveTensor, Ring, Staging
 from latentwire.train.state import TrainingState
 
@@ -226,20 +232,55 @@ def test_each_checkpoint_holds_one_step_while_training_goes_on(tmp_path: Path) -
         assert loaded.values["trees"]["schedule"]["last_epoch"] == step
 
 
+def test_an_automatic_interval_is_told_with_its_reason(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "auto")
+    for outcome in ("preempted", "finished"):
+        agent = Journal(run.claim_attempt("1", "local").path / "events.agent.jsonl")
+        agent.event("attempt_started")
+        agent.event("attempt_ended", outcome=outcome)
+    told = Events()
+    manager, state = open_manager(tmp_path / "checkpoints"), TrainingState()
+    state.track("model", Holder(weight=torch.zeros(4)))
+    history = History.before(run, run.claim_attempt("1", "local"))
+    saving = Saving(manager, state, CheckpointSection(interval_s="auto"), Ranks(), history, told)
+    for step in range(1, 4):
+        saving.save(step, "asked", {}, {})
+        manager.wait()
+        saving.poll()
+    [chosen] = told.named("interval_chosen")
+    assert chosen["seconds"] == interval.SHORTEST_S, "such a small state costs next to nothing"
+    assert "1 preemptions in" in chosen["reason"]
+    assert "held between" in chosen["reason"]
+
+
+@pytest.mark.parametrize("limit_gb", [None, 1e-6])
+def test_what_fits_is_copied_and_what_does_not_is_streamed(tmp_path: Path, limit_gb: float | None) -> None:
+    settings = {"interval_s": None, "interval_steps": 1, "best_metric": None, "host_memory_gb": limit_gb}
+    with Session(tmp_path / "experiment_large", checkpoint=settings) as session:
+        weight = torch.zeros(10_000)
+        session.track(model=Holder(weight=weight))
+        for _ in session.steps(3):
+            weight += 1
+    assert [e["copied"] for e in events(session.attempt, "save_staged")] == [limit_gb is None] * 2 + [False], "the last"
+    for step, path in enumerate(sorted(session.run.checkpoints.glob("step-*")), 1):
+        data = reader.load(path).tensors["model"]["weight"].data
+        assert torch.frombuffer(data, dtype=torch.float32).eq(step).all()
+
+
 def test_weights_that_never_change_raise_an_alarm(tmp_path: Path) -> None:
-    events = Events()
-    manager = open_manager(tmp_path / "checkpoints", event=events, max_unchanged=3, keep=9)
+    heard = Events()
+    manager = open_manager(tmp_path / "checkpoints", event=heard, max_unchanged=3, keep=9)
     state = TrainingState()
     weight = torch.zeros(4)
     state.track("model", Holder(weight=weight))
     for step in range(1, 8):
         manager.save(snapshot_of(state, step))
         manager.wait()
-        told = events.named("weights_unchanged")
+        told = heard.named("weights_unchanged")
         assert [alarm["step"] for alarm in told] == ([4] if step >= 4 else []), (
             "once, at the third save without a change"
         )
     weight += 1
     manager.save(snapshot_of(state, 8))
     manager.close()
-    assert len(events.named("weights_unchanged")) == 1
+    assert len(heard.named("weights_unchanged")) == 1

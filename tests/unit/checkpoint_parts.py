@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import array
+import dataclasses
 import json
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,27 @@ def snapshot(step: int, num_items: int = 24) -> Snapshot:
     optimizer = {"0.exp_avg": tensor("f", [-w for w in weights]), "0.step": tensor("q", [step])}
     values = {"step": step, "cursor": {"epoch": step // 3, "index": step}, "rng": [step, "π", None, 1.5]}
     return Snapshot(step, {"model": model, "optimizer": optimizer}, values, {METRIC: metric_of(step)})
+
+
+def half_changed(step: int) -> Snapshot:
+    """The weights of step 1, all else of this step."""
+    whole = snapshot(step)
+    return dataclasses.replace(whole, tensors={**whole.tensors, "model": snapshot(1).tensors["model"]})
+
+
+def shared(whole: Snapshot) -> Snapshot:
+    """The same, of which any rank may write any file."""
+    everything = frozenset((group, name) for group, named in whole.tensors.items() for name in named)
+    return dataclasses.replace(whole, replicated=everything)
+
+
+def save_on_all(managers: Sequence[CheckpointManager], *snapshots: Snapshot) -> None:
+    """All ranks save at once: one snapshot, or each its own view of the step."""
+    views = snapshots if len(snapshots) > 1 else snapshots * len(managers)
+    for manager, view in zip(managers, views, strict=True):
+        manager.save(view)
+    for manager in managers:
+        manager.wait()
 
 
 def open_manager(

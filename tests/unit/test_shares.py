@@ -11,12 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoint_parts import Events, assert_holds, assert_sound, commit, committed_steps, open_manager, snapshot
+from checkpoint_parts import (
+    Events,
+    assert_holds,
+    assert_sound,
+    commit,
+    committed_steps,
+    half_changed,
+    open_manager,
+    save_on_all,
+    shared,
+    snapshot,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
 from latentwire.checkpoint import interval, layout, reader
-from latentwire.checkpoint.layout import Snapshot
 from latentwire.checkpoint.manager import CheckpointManager
 from latentwire.errors import CheckpointError, CheckpointTorn, Fenced
 
@@ -48,34 +58,18 @@ class Failing:
         raise self._error
 
 
-def shared(step: int, **instead: Any) -> Snapshot:
-    """A snapshot that any rank may write; ``instead`` stands for tensors of the model."""
-    whole = snapshot(step)
-    tensors = {**whole.tensors, "model": {**whole.tensors["model"], **instead}}
-    everything = frozenset((group, name) for group, named in tensors.items() for name in named)
-    return dataclasses.replace(whole, tensors=tensors, replicated=everything)
-
-
 def open_ranks(folder: Path, event: Callable[..., Any], **options: Any) -> list[CheckpointManager]:
     return [open_manager(folder, event=event, rank=r, world_size=WORLD_SIZE, **options) for r in range(WORLD_SIZE)]
 
 
-def save_on_all(ranks: list[CheckpointManager], *snapshots: Snapshot) -> None:
-    """All ranks save at once, each its own view of the step."""
-    for manager, its in zip(ranks, snapshots if len(snapshots) > 1 else snapshots * WORLD_SIZE, strict=True):
-        manager.save(its)
-    for manager in ranks:
-        manager.wait()
-
-
 def test_every_rank_writes_a_share_and_the_whole_is_one_checkpoint(folder: Path, events: Events) -> None:
     ranks = open_ranks(folder, events)
-    shares = [set(manager.share_of(shared(1))) for manager in ranks]
+    shares = [set(manager.share_of(shared(snapshot(1)))) for manager in ranks]
     assert all(shares), "each rank has something to write"
-    assert set.union(*shares) == shared(1).replicated
-    assert sum(map(len, shares)) == len(shared(1).replicated)
+    assert set.union(*shares) == shared(snapshot(1)).replicated
+    assert sum(map(len, shares)) == len(shared(snapshot(1)).replicated)
     for step in (1, 2):
-        save_on_all(ranks, shared(step))
+        save_on_all(ranks, shared(snapshot(step)))
     assert committed_steps(ranks[0]) == [1, 2]
     for path in ranks[0].committed():
         assert_sound(path)
@@ -84,7 +78,7 @@ def test_every_rank_writes_a_share_and_the_whole_is_one_checkpoint(folder: Path,
 
 def test_what_is_not_replicated_is_rank_0s(folder: Path, events: Events) -> None:
     ranks = open_ranks(folder, events, shard_bytes=1000)
-    partly = dataclasses.replace(shared(1), replicated=frozenset({("model", "head.weight")}))
+    partly = dataclasses.replace(shared(snapshot(1)), replicated=frozenset({("model", "head.weight")}))
     assert [manager.share_of(partly) for manager in ranks[1:]] == [[], []], "its file has another tensor too"
     save_on_all(ranks, partly)
     assert_sound(ranks[0].committed()[0])
@@ -93,11 +87,14 @@ def test_what_is_not_replicated_is_rank_0s(folder: Path, events: Events) -> None
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), CheckpointTorn("changed meanwhile")])
 def test_a_share_that_fails_costs_one_save(folder: Path, events: Events, error: Exception) -> None:
     ranks = open_ranks(folder, events)
-    save_on_all(ranks, shared(1))
-    [failing] = [r for r in range(1, WORLD_SIZE) if ("model", "head.weight") in ranks[r].share_of(shared(2))] or [1]
-    views = [shared(2) for _ in range(WORLD_SIZE)]
-    name = next(name for group, name in ranks[failing].share_of(shared(2)) if group == "model")
-    views[failing] = shared(2, **{name: Failing(error)})
+    save_on_all(ranks, shared(snapshot(1)))
+    [failing] = [
+        r for r in range(1, WORLD_SIZE) if ("model", "head.weight") in ranks[r].share_of(shared(snapshot(2)))
+    ] or [1]
+    views = [shared(snapshot(2)) for _ in range(WORLD_SIZE)]
+    name = next(name for group, name in ranks[failing].share_of(shared(snapshot(2))) if group == "model")
+    model = {**snapshot(2).tensors["model"], name: Failing(error)}
+    views[failing] = dataclasses.replace(views[failing], tensors={**snapshot(2).tensors, "model": model})
     save_on_all(ranks, *views)
     assert committed_steps(ranks[0]) == [1]
     assert ranks[0].failure is not None
@@ -105,7 +102,7 @@ def test_a_share_that_fails_costs_one_save(folder: Path, events: Events, error: 
     assert f"rank {failing} could not write its share" in failed["error"]
     assert str(error.args[-1]) in failed["error"]
     assert os.listdir(folder) == [layout.step_name(1)], "nothing half done stays"
-    save_on_all(ranks, shared(3))
+    save_on_all(ranks, shared(snapshot(3)))
     assert ranks[0].failure is None
     assert_holds(ranks[0].restore(), snapshot(3))
 
@@ -118,7 +115,7 @@ def test_rank_0_that_is_superseded_waits_for_nobody(folder: Path, events: Events
             raise Fenced("attempt 2 exists")
 
     leader = open_ranks(folder, events, fence=fence)[0]
-    leader.save(shared(1))  # the other ranks never come
+    leader.save(shared(snapshot(1)))  # the other ranks never come
     while not any(name.startswith(layout.SAVING_PREFIX) for name in os.listdir(folder)):
         time.sleep(0.001)
     superseded.set()
@@ -128,13 +125,6 @@ def test_rank_0_that_is_superseded_waits_for_nobody(folder: Path, events: Events
 
 
 # ---- Links -----------------------------------------------------------------------------------------------------------
-
-
-def half_changed(step: int) -> Snapshot:
-    """The weights of step 1, all else of this step."""
-    return dataclasses.replace(
-        snapshot(step), tensors={**snapshot(step).tensors, "model": snapshot(1).tensors["model"]}
-    )
 
 
 def inodes(path: Path) -> dict[str, int]:
