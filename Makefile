@@ -30,7 +30,7 @@ test-fast: $(INSTALLED)
 # Here each process has a Slurm of its own.
 test-slurm: $(INSTALLED)
 	@sh tests/slurm/install.sh
-	$(BIN)/python -m pytest -n 3 --dist loadfile --timeout 900 -m "slurm and not slow" tests/slurm
+	$(BIN)/python -m pytest -n 4 --dist loadfile --timeout 900 -m "slurm and not slow" tests/slurm
 
 # Writes the fault matrix; 1,000 kills instead of 200. For a night, or before a release.
 nightly: $(INSTALLED)
