@@ -228,12 +228,12 @@ def plan_files(snapshot: Snapshot, shard_bytes: int, world_size: int = 1) -> lis
     """Divide a snapshot's groups into files and these over the ranks.
 
     It goes by names, types and shapes alone, so that every rank comes to the same plan without a word.
-    What is replicated goes, largest first, to the rank that has least to write (Graham's rule); the rest to rank 0.
+    What is replicated goes, largest first, to the rank that has least of it (Graham's rule); the rest, of which the
+    other ranks may have other sizes, to rank 0.
     """
     files = [f for group in sorted(snapshot.tensors) for f in _split(group, snapshot.tensors[group], shard_bytes)]
     free = [f for f in files if all((f.group, name) in snapshot.replicated for name in f.tensors)]
     loads = [0] * world_size
-    loads[0] = sum(f.num_bytes for f in files) - sum(f.num_bytes for f in free)
     ranks: dict[str, int] = {}
     for file in sorted(free, key=lambda f: (-f.num_bytes, f.name)):
         rank = min(range(world_size), key=lambda r: loads[r])

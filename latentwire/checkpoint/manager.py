@@ -9,6 +9,7 @@ superseded, or finds its folder gone: in no case does anything appear or vanish 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -39,7 +40,7 @@ from latentwire.run.disk import told
 if TYPE_CHECKING:
     from latentwire.checkpoint.mirror import Mirror
 
-_PATIENCE_S, _PATIENCE = 120.0, 10.0
+_PATIENCE_S, _PATIENCE_TIMES = 120.0, 10.0
 """How long rank 0 waits for the others' shares: so long, or so many times what its own took."""
 _MARGIN_S = 2.0
 """Left over of a grace for closing files and the exit."""
@@ -198,6 +199,7 @@ class CheckpointManager(CheckpointFolder):
         try:
             self._fence()
             make_directory(self.folder)  # somebody may have removed it
+            self._clear_remains(hidden)
             self._write_and_commit(snapshot, hidden, final)
             seconds = time.monotonic() - started
             self._last_save_s = seconds
@@ -225,20 +227,27 @@ class CheckpointManager(CheckpointFolder):
                 self._push(final)
                 self._prune()
 
+    def _clear_remains(self, hidden: Path) -> None:
+        """Remove what a rank that came late wrote into the folder of an earlier save, which had been given up."""
+        for remains in self.folder.glob(f"{layout.SAVING_PREFIX}{self._token:04d}-*"):
+            if remains != hidden:
+                shutil.rmtree(remains, ignore_errors=True)
+
     def _save_share(self, snapshot: Snapshot, hidden: Path) -> None:
         """The part of a rank other than 0. What the disk refuses is told to rank 0, which has the say."""
         mine = [file for file in self._writer.plan(snapshot, self._world_size) if file.rank == self._rank]
         try:
+            self._fence()
             hidden.mkdir(exist_ok=True)
             snapshot.settle()
             shares.tell_written(hidden, self._rank, self._writer.write(hidden, snapshot, mine))
-            self.committed_step = snapshot.step
+            self.failure = None
         except (OSError, CheckpointTorn) as error:
-            self._writer.forget()
+            self.failure = error
             self._event("share_failed", step=snapshot.step, error=self._said(error))
-            for file in mine:  # on a full disk this makes room for the word to rank 0
-                (hidden / file.name).unlink(missing_ok=True)
-            if hidden.exists():
+            with contextlib.suppress(OSError):  # where the disk refuses this too, rank 0 learns it from the clock
+                for file in mine:  # makes room on a full disk
+                    (hidden / file.name).unlink(missing_ok=True)
                 shares.tell_failed(hidden, self._rank, error)
 
     def _write_and_commit(self, snapshot: Snapshot, hidden: Path, final: Path) -> None:
@@ -267,16 +276,26 @@ class CheckpointManager(CheckpointFolder):
         try:
             snapshot.settle()
             files = self._writer.write(hidden, snapshot, [file for file in plan if file.rank == 0])
-        finally:  # also after a failure: nobody else may be writing when the folder is removed
-            patience_s = max(_PATIENCE_S, _PATIENCE * (time.monotonic() - started))
-            told_by_others = shares.collect(hidden, range(1, self._world_size), self._fence, patience_s)
-        files |= shares.records(told_by_others)
+        except (OSError, CheckpointTorn):
+            with contextlib.suppress(OSError):  # the first error says more
+                self._collect(hidden, started)  # nobody else may be writing when the folder is removed
+            raise
+        files |= shares.records(self._collect(hidden, started))
+        missing = sorted({file.name for file in plan} - files.keys())
+        if missing:
+            raise OSError(
+                errno.EIO, f"nobody wrote {', '.join(missing[:3])}: the ranks track other states", str(hidden)
+            )
         files[layout.STATE] = writer.write_state(hidden, snapshot)
         manifest = self._manifest(snapshot, plan, files)
         writer.seal(hidden, manifest)
         alarm = self._unchanged.seen(manifest)
         if alarm is not None:
             self._event("weights_unchanged", step=snapshot.step, **alarm)
+
+    def _collect(self, hidden: Path, started: float) -> list[dict[str, Any]]:
+        patience_s = max(_PATIENCE_S, _PATIENCE_TIMES * (time.monotonic() - started))
+        return shares.collect(hidden, range(1, self._world_size), self._fence, patience_s)
 
     def _manifest(self, snapshot: Snapshot, plan: list[TensorFile], files: Mapping[str, FileRecord]) -> Manifest:
         groups = {group: tuple(f.name for f in plan if f.group == group) for group in sorted(snapshot.tensors)}
@@ -306,7 +325,9 @@ class CheckpointManager(CheckpointFolder):
         expected_end = started + (self._read_back_s or save_s)
         try:
             reader.verify(
-                path, self._threads, lambda: self._leave_by is None or expected_end < self._leave_by - _MARGIN_S
+                path,
+                self._threads,
+                lambda: self._leave_by is None or max(expected_end, time.monotonic()) < self._leave_by - _MARGIN_S,
             )
         except reader.Interrupted:
             self._event("read_back_skipped", step=layout.parse_step_name(path.name), path=path.name)
@@ -318,8 +339,15 @@ class CheckpointManager(CheckpointFolder):
             ) from error
         self._read_back_s = time.monotonic() - started
         self._writer.may_link_to(path)
-        self.mark_verified(path, seconds=self._read_back_s)
+        self._try_to_mark(path, self._read_back_s)
         return True
+
+    def _try_to_mark(self, path: Path, seconds: float) -> None:
+        """A full disk costs the mark, and not what is whole without it."""
+        try:
+            self.mark_verified(path, seconds)
+        except OSError as error:
+            self._event("mark_failed", path=path.name, error=told(error, path))
 
     def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add what was measured with a committed checkpoint's weights only after its commit, in verified.json.
@@ -328,14 +356,14 @@ class CheckpointManager(CheckpointFolder):
         """
         self.wait()
         path = self.folder / step_name(step) / layout.VERIFIED
-        record = read_json(path)
-        if isinstance(record, dict):
-            self._fence()
-            try:
+        try:
+            record = read_json(path)
+            if isinstance(record, dict):
+                self._fence()
                 write_json(path, record | {"metrics": json_safe(metrics)})
-            except OSError as error:  # retention knows less; training goes on
-                self._event("mark_failed", path=path.parent.name, error=told(error, path))
-            self._push(path.parent)
+                self._push(path.parent)
+        except OSError as error:  # retention knows less; training goes on
+            self._event("mark_failed", path=path.parent.name, error=told(error, path))
 
     def _push(self, path: Path) -> None:
         if self._mirror is not None:
@@ -403,6 +431,23 @@ class CheckpointManager(CheckpointFolder):
             )
         return None
 
+    def load_chosen(self, step: int, place: Place) -> Loaded:
+        """Load what rank 0 chose. Called on the other ranks; blocks.
+
+        Raises:
+            OSError: this node cannot read what rank 0 read whole. The checkpoint is not to blame: the attempt is.
+        """
+        path = self.folder / step_name(step)
+        again = stamina.retry_context(on=(OSError, CheckpointCorrupt), attempts=3, wait_initial=0.2, wait_max=2.0)
+        try:
+            for retry in again:
+                with retry:
+                    loaded = reader.load(path, self._threads, place)
+        except CheckpointCorrupt as error:
+            raise OSError(errno.EIO, f"rank 0 read it whole, and this rank cannot ({error})", str(path)) from error
+        self.committed_step = step
+        return loaded
+
     @property
     def homes(self) -> str:
         """Where checkpoints may be, in words."""
@@ -427,10 +472,7 @@ class CheckpointManager(CheckpointFolder):
             self._event("checkpoint_unreadable", path=path.name, error=self._unreadable)
             return None
         if not reader.is_verified(path):
-            try:
-                self.mark_verified(path, seconds=time.monotonic() - started)
-            except OSError as error:  # a full disk: what was loaded is whole all the same
-                self._event("mark_failed", path=path.name, error=told(error, path))
+            self._try_to_mark(path, time.monotonic() - started)
         return loaded
 
     def group_sha256(self, group: str) -> str | None:

@@ -187,6 +187,10 @@ class Mirror:
         except (CheckpointError, OSError) as error:
             cure = f"see that {self.url} is there, has space and may be written to; the next checkpoint is the retry"
             self._event("mirror_failed", path=checkpoint.name, error=str(error), cure=cure)
+        except Exception as error:  # a mistake of ours, or of the store's client: this thread ends, and not in silence
+            cure = "nothing more is copied by this attempt; see stderr.log"
+            self._event("mirror_failed", path=checkpoint.name, error=f"{type(error).__name__}: {error}", cure=cure)
+            raise
 
     def _copy(self, checkpoint: Path) -> Manifest:
         started = time.monotonic()

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from latentwire.checkpoint.layout import FileRecord
+from latentwire.errors import CheckpointTorn
 from latentwire.run.atomic import read_json, write_json
 
-_LOOK_S = 0.02
+_LOOK_S, _FENCE_S = 0.05, 1.0
 
 
 def share_path(folder: Path, rank: int) -> Path:
@@ -33,7 +35,8 @@ def tell_written(folder: Path, rank: int, files: dict[str, FileRecord]) -> None:
 def tell_failed(folder: Path, rank: int, error: Exception) -> None:
     """This rank's disk refused, or its tensors were torn; rank 0 is not to wait for it."""
     code = error.errno if isinstance(error, OSError) else None
-    write_json(share_path(folder, rank), {"errno": code, "error": str(error)})
+    word = {"errno": code, "error": str(error), "torn": isinstance(error, CheckpointTorn)}
+    write_json(share_path(folder, rank), word)
 
 
 def collect(folder: Path, ranks: Iterable[int], check: Callable[[], None], patience_s: float) -> list[dict[str, Any]]:
@@ -42,24 +45,25 @@ def collect(folder: Path, ranks: Iterable[int], check: Callable[[], None], patie
     Args:
         folder: the hidden folder.
         ranks: whose shares.
-        check: called while waiting; raises where waiting has become pointless.
+        check: called every second of waiting; raises where waiting has become pointless.
         patience_s: for all of them together.
 
     Raises:
         OSError: a rank was not heard of for so long.
     """
     told = []
-    until = time.monotonic() + patience_s
+    began = checked = time.monotonic()
     for rank in ranks:
         path = share_path(folder, rank)
-        while (share := read_json(path)) is None:
-            check()
-            if time.monotonic() > until:
-                raise OSError(
-                    errno.ETIMEDOUT, f"rank {rank} has not written its share in {patience_s:.0f} s", str(path)
-                )
+        while path.name not in os.listdir(folder):  # a listing: a network file system then looks anew
+            if time.monotonic() - checked > _FENCE_S:
+                check()
+                checked = time.monotonic()
+            if time.monotonic() - began > patience_s:
+                said = f"rank {rank} has not written its share in {patience_s:.0f} s"
+                raise OSError(errno.ETIMEDOUT, said, str(path))
             time.sleep(_LOOK_S)
-        told.append({"rank": rank} | share)
+        told.append({"rank": rank} | read_json(path))
         path.unlink()
     return told
 
@@ -68,13 +72,13 @@ def records(told: Iterable[dict[str, Any]]) -> dict[str, FileRecord]:
     """The files that the other ranks wrote.
 
     Raises:
+        CheckpointTorn: a rank's part was.
         OSError: what a rank's disk said.
     """
     files: dict[str, FileRecord] = {}
     for share in told:
         if "error" in share:
-            raise OSError(
-                share["errno"] or errno.EIO, f"rank {share['rank']} could not write its share: {share['error']}"
-            )
+            said = f"rank {share['rank']} could not write its share: {share['error']}"
+            raise CheckpointTorn(said) if share["torn"] else OSError(share["errno"] or errno.EIO, said)
         files |= {name: FileRecord(**record) for name, record in share["files"].items()}
     return files

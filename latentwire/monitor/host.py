@@ -71,6 +71,15 @@ class HostMonitor:
         return disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize
 
 
+def free_memory_bytes() -> int:
+    """What this process may still take: of the machine's memory, and of its cgroup's (Slurm limits the job's)."""
+    used, limit = _MemoryCgroup(Path("/proc"), Path("/sys/fs/cgroup")).read()
+    left = [psutil.virtual_memory().available]
+    if used is not None and limit is not None:
+        left.append(limit - used)
+    return max(0, min(left))
+
+
 class _ProcessTree:
     """Resident memory of a process and its descendants."""
 

@@ -7,7 +7,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from latentwire.run.directory import Attempt, Run
-from latentwire.run.journal import read_journal
+from latentwire.run.journal import read_journal, time_of
 
 if TYPE_CHECKING:
     from latentwire.config import RetrySection
@@ -58,7 +58,7 @@ class History:
     def before(cls, run: Run, attempt: Attempt) -> History:
         """Of all attempts before this one."""
         earlier = [a for a in run.attempts() if a.number < attempt.number]
-        times = [[float(e["time"]) for e in a.events() if "time" in e] for a in earlier]
+        times = [[time_of(event) for event in a.events()] for a in earlier]
         ended_by_force = [a for a in earlier if verdict_of(a).outcome in ("preempted", "lost")]
         return cls(sum(max(t) - min(t) for t in times if t), len(ended_by_force))
 

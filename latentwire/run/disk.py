@@ -17,6 +17,7 @@ _CURES = {
     errno.ENFILE: "the node has too many open files: tell its administrator",
     errno.EACCES: "make it writable for this user",
     errno.EPERM: "make it writable for this user",
+    errno.ETIMEDOUT: "see the other ranks' logs and the load of their disks",
     errno.ESTALE: "the file server has lost it: have it mounted again on this node",
 }
 

@@ -53,6 +53,7 @@ _WORDS: dict[str, Callable[[Event], str | None]] = {
     "save_committed": lambda e: f"step {e.get('step')} committed in {_seconds(e)}",
     "save_failed": lambda e: f"ALARM save of step {e.get('step')} failed, trying again: {e.get('error')}",
     "save_torn": lambda e: f"ALARM step {e.get('step')} was not saved: {e.get('error')}",
+    "staging_failed": lambda e: f"WARNING step {e.get('step')} is streamed, training waits: {e.get('error')}",
     "share_failed": lambda e: f"ALARM a rank's share of step {e.get('step')} failed: {e.get('error')}",
     "read_back_skipped": lambda e: f"step {e.get('step')} is read back by the next attempt: no time is left",
     "interval_chosen": lambda e: f"saves every {_figure(e.get('seconds'))} s: {e.get('reason')}",

@@ -41,6 +41,8 @@ class Training:
         config = session.config.train
         self.session, self.workload, self.config = session, workload, config
         self.device = torch.device(placement.devices[session.ranks.rank])
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # else whatever names no device opens a context on the first GPU
         self.micro_batch = placement.micro_batch
         self.num_micro_batches = placement.num_micro_batches
         self.mine = schedule.micro_batches_of(session.ranks.rank, session.ranks.world_size, self.num_micro_batches)

@@ -8,8 +8,6 @@ from typing import Any
 import psutil
 
 from latentwire import __version__
-from latentwire.checkpoint import reader
-from latentwire.checkpoint.layout import step_name
 from latentwire.checkpoint.manager import CheckpointManager
 from latentwire.checkpoint.mirror import Mirror
 from latentwire.checkpoint.reader import Loaded, Place
@@ -94,7 +92,7 @@ def load_newest(
         _refuse_to_begin_again(manager, run, loaded)
     step = int(ranks.highest([-1.0 if loaded is None else float(loaded.manifest.step)])[0])
     if loaded is None and step >= 0:
-        loaded = reader.load(run.checkpoints / step_name(step), place=place)
+        loaded = manager.load_chosen(step, place)
     if loaded is not None:
         _check_identity(manager, loaded)
     return loaded

@@ -6,13 +6,12 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import psutil
-
 from latentwire.checkpoint import interval
 from latentwire.checkpoint.layout import Snapshot
 from latentwire.checkpoint.manager import CheckpointManager
 from latentwire.config import CheckpointSection
 from latentwire.errors import CheckpointTorn
+from latentwire.monitor.host import free_memory_bytes
 from latentwire.preemption.deadline import Pace
 from latentwire.run.budget import History
 from latentwire.train import randomness
@@ -64,10 +63,12 @@ class Saving:
         self._chosen: interval.Interval | None = None
         self._random: dict[str, Any] = {}
         self._versions: tuple[int, ...] = ()
+        self._updated = False
+        self._may_overlap = section.overlap
         limit_gb = section.host_memory_gb
-        self._staging = Staging(int(limit_gb * 1e9) if limit_gb else psutil.virtual_memory().available // 2)
+        self._staging = Staging(int(limit_gb * 1e9) if limit_gb else free_memory_bytes() // 2 // ranks.world_size)
         for optimizer in state.optimizers():
-            optimizer.register_step_pre_hook(lambda *_: self._staging.before_update())
+            optimizer.register_step_pre_hook(lambda *_: self._before_update())
 
     def reserve(self, num_bytes: int) -> None:
         """Take memory for the first save's copy in the background."""
@@ -77,10 +78,15 @@ class Saving:
         """Keep what a save in the middle of the next step needs: the generators now, and a way to see changes."""
         self._random = randomness.capture()
         self._versions = self._state.versions()
+        self._updated = False
 
     def is_boundary_intact(self) -> bool:
         """Whether the tracked tensors are still those of the last boundary."""
-        return self._state.versions() == self._versions
+        return not self._updated and self._state.versions() == self._versions
+
+    def _before_update(self) -> None:
+        self._updated = True  # some fused kernels count no change
+        self._staging.before_update()
 
     def new_best(self) -> None:
         """The state at this boundary is the best so far: it is worth a save of its own."""
@@ -124,6 +130,8 @@ class Saving:
         waited = time.monotonic() - self._last_save
         live = self._state.snapshot(step, self._random, values, metrics)
         staged = None if reason in _TRAINING_WAITS else self._stage(live)
+        if staged is None:
+            self._state.wait_for_devices()  # other threads are going to read them
         self.manager.save(staged or live)
         if staged is None and reason not in _TRAINING_WAITS:
             self.manager.wait()
@@ -134,8 +142,13 @@ class Saving:
         self._event("save_staged", step=step, **how, seconds=round(stall, 4))
 
     def _stage(self, live: Snapshot) -> Snapshot | None:
-        overlap = self._section.overlap and not isinstance(self.manager.failure, CheckpointTorn)
-        return self._staging.stage(live, self.manager.share_of(live), overlap)
+        if isinstance(self.manager.failure, CheckpointTorn):
+            self._may_overlap = False  # a loop that does this once does it again
+        try:
+            return self._staging.stage(live, self.manager.share_of(live), self._may_overlap)
+        except (RuntimeError, MemoryError) as error:  # no memory to pin, or none at all: streaming needs little
+            self._event("staging_failed", step=live.step, error=str(error))
+            return None
 
     def _time_last_save(self) -> None:
         seconds = self.manager.take_last_save_s()

@@ -51,7 +51,7 @@ from latentwire.train.saving import REASONS, Saving
 from latentwire.train.state import Stateful, TrainingState
 
 _LAST_SAVE_TRIES = 20
-_LAST_SAVE_PAUSE_S = 30.0
+_LAST_SAVE_PAUSES = 60
 _MIRROR_LOOK_S = 0.5
 
 
@@ -157,6 +157,7 @@ class Session:
         except LatentWireError:
             self.attempt.unmark_restoring()  # refused, and not died of
             raise
+        self.ranks.highest([0.0])  # all have loaded
         self.attempt.unmark_restoring()
         history = History.before(self.run, self.attempt)
         self._saving = Saving(manager, self._state, self.config.checkpoint, self.ranks, history, self.event)
@@ -243,7 +244,8 @@ class Session:
             yield self.step
             self._end_step()
         self._save_the_end()
-        self.event("training_finished", step=self.step, weights_sha256=self.saving.manager.group_sha256("model"))
+        sha256 = self.saving.manager.group_sha256("model") if self.ranks.rank == 0 else None
+        self.event("training_finished", step=self.step, weights_sha256=sha256)
 
     def _save_the_end(self) -> None:
         """Wait for the last save; where the disk refuses it, try again for ten minutes, or until a notice comes."""
@@ -253,8 +255,7 @@ class Session:
             (failed,) = self.ranks.highest([float(manager.failure is not None)])
             if not failed:
                 break
-            until = time.monotonic() + _LAST_SAVE_PAUSE_S
-            while time.monotonic() < until:
+            for _ in range(_LAST_SAVE_PAUSES):  # counted, as every safe point is one of all ranks
                 self.safe_point()
                 time.sleep(0.5)
             self._save("last")
@@ -415,8 +416,8 @@ class Session:
             raise Preempted(None)
         started = time.monotonic()
         manager = self._saving.manager
-        if self._handler.notice is not None:
-            manager.leave_by(self._notice_deadline())
+        left_s = self._notice_deadline() - time.monotonic() if self._handler.notice is not None else math.inf
+        manager.leave_by(time.monotonic() - self.ranks.highest([-left_s])[0])  # one rank's notice is everybody's
         manager.wait()
         is_missing = self.ranks.rank == 0 and self.step > 0 and manager.committed_step != self.step
         missing, broken = self.ranks.highest([float(is_missing), float(not self._saving.is_boundary_intact())])
@@ -448,12 +449,23 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._agent_journal is not None:
-            if error is None:
-                self._agent_journal.event("attempt_ended", outcome="finished", step=self.step)
-            elif isinstance(error, Preempted):
-                self._agent_journal.event("attempt_ended", outcome="preempted", step=error.step)
-            else:
-                said = f"{type(error).__name__}: {error}"
-                self._agent_journal.event("attempt_ended", outcome="failed", cause="other", step=self.step, error=said)
-            self._handler.uninstall()
+        try:
+            if error is None and self._saving is not None:
+                self._saving.manager.close()  # a loop that was left by ``break`` may have a save under way
+        except LatentWireError as failed:
+            error = failed
+            raise
+        finally:
+            self._tell_the_end(error)
+
+    def _tell_the_end(self, error: BaseException | None) -> None:
+        if self._agent_journal is None:
+            return
+        if error is None:
+            self._agent_journal.event("attempt_ended", outcome="finished", step=self.step)
+        elif isinstance(error, Preempted):
+            self._agent_journal.event("attempt_ended", outcome="preempted", step=error.step)
+        else:
+            said = f"{type(error).__name__}: {error}"
+            self._agent_journal.event("attempt_ended", outcome="failed", cause="other", step=self.step, error=said)
+        self._handler.uninstall()

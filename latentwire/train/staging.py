@@ -191,7 +191,7 @@ class Staging:
     def reserve(self, num_bytes: int, pinned: bool) -> None:
         """Take memory in the background, before the first snapshot needs it. Pinning costs seconds for gigabytes."""
         if pinned and num_bytes <= self._limit_bytes:
-            self._reserving = threading.Thread(target=self._grow, args=(num_bytes, pinned), daemon=True)
+            self._reserving = threading.Thread(target=self._try_to_grow, args=(num_bytes, pinned), daemon=True)
             self._reserving.start()
 
     def stage(self, snapshot: Snapshot, mine: Collection[tuple[str, str]], overlap: bool) -> Snapshot | None:
@@ -222,6 +222,10 @@ class Staging:
         """The optimizer is about to change the parameters: its kernels shall come after the copies. Never blocks."""
         if self._copy is not None:
             self._copy.guard()
+
+    def _try_to_grow(self, num_bytes: int, pinned: bool) -> None:
+        with contextlib.suppress(RuntimeError, MemoryError):  # the first save meets it again, and tells
+            self._grow(num_bytes, pinned)
 
     def _grow(self, num_bytes: int, pinned: bool) -> None:
         if pinned and self._blocks and not self._blocks[0].is_pinned():
@@ -294,6 +298,7 @@ class _Copy:
             if not self._guarded:
                 self._guarded, self._torn = True, self._is_changed()
         self._sources.clear()
+        self._late.clear()
         if self._torn:
             raise CheckpointTorn(
                 "a parameter or an optimizer's state was changed outside of optimizer.step() while it was copied; "

@@ -51,13 +51,18 @@ class TrainingState:
         Raises:
             RunError: the name is taken or is no plain word, or the object has no state_dict.
         """
-        if not name.isidentifier() or name in self._tracked or name == "random":
+        if not (name.isidentifier() and name.isascii()) or name in self._tracked or name == "random":
             raise RunError(f"cannot track {name!r}: give each object a plain name of its own")
         if not isinstance(stateful, Stateful):
             raise RunError(
                 f"cannot track {name!r}: {type(stateful).__name__} has no state_dict() and load_state_dict()"
             )
         self._tracked[name] = stateful
+
+    def wait_for_devices(self) -> None:
+        """Block until all that was queued on the tensors' GPUs is done, on whatever stream."""
+        for device in {tensor.device for tensor in self._tensors() if tensor.is_cuda}:
+            torch.cuda.synchronize(device)
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """Those that are tracked."""
@@ -163,7 +168,7 @@ class TrainingState:
         """The device of the parameter that this is an optimizer's state of; the CPU for anything else."""
         optimizer = self._tracked.get(group)
         match = _OPTIMIZER_STATE.match(span.name)
-        if isinstance(optimizer, torch.optim.Optimizer) and match:
+        if isinstance(optimizer, torch.optim.Optimizer) and match and span.shape:  # counters stay on the CPU
             parameters = [p for g in optimizer.param_groups for p in g["params"]]
             index = int(match.group(1))
             if index < len(parameters) and tuple(parameters[index].shape) == span.shape:

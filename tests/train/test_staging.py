@@ -253,6 +253,30 @@ def test_an_automatic_interval_is_told_with_its_reason(tmp_path: Path) -> None:
     assert "held between" in chosen["reason"]
 
 
+class Silent(torch.optim.SGD):
+    """Writes through ``.data``, which bumps no counter of autograd's; some fused kernels bump none either."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            parameter.data += 1
+
+
+def test_a_step_that_counts_no_change_is_seen(tmp_path: Path) -> None:
+    weight = torch.nn.Parameter(torch.zeros(4))
+    optimizer = Silent([weight])
+    manager, state = open_manager(tmp_path / "checkpoints"), TrainingState()
+    state.track("model", Holder(weight=weight))
+    state.track("optimizer", optimizer)
+    saving = Saving(manager, state, CheckpointSection(), Ranks(), History(0.0, 0), Events())
+    for _ in range(2):
+        saving.remember_boundary()
+        assert saving.is_boundary_intact()
+        before = state.versions()
+        optimizer.step()
+        assert state.versions() == before
+        assert not saving.is_boundary_intact()
+
+
 @pytest.mark.parametrize("limit_gb", [None, 1e-6])
 def test_what_fits_is_copied_and_what_does_not_is_streamed(tmp_path: Path, limit_gb: float | None) -> None:
     settings = {"interval_s": None, "interval_steps": 1, "best_metric": None, "host_memory_gb": limit_gb}

@@ -84,8 +84,11 @@ def test_what_is_not_replicated_is_rank_0s(folder: Path, events: Events) -> None
     assert_sound(ranks[0].committed()[0])
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), CheckpointTorn("changed meanwhile")])
-def test_a_share_that_fails_costs_one_save(folder: Path, events: Events, error: Exception) -> None:
+@pytest.mark.parametrize(
+    ("error", "event"),
+    [(OSError(28, "No space left on device"), "save_failed"), (CheckpointTorn("changed meanwhile"), "save_torn")],
+)
+def test_a_share_that_fails_costs_one_save(folder: Path, events: Events, error: Exception, event: str) -> None:
     ranks = open_ranks(folder, events)
     save_on_all(ranks, shared(snapshot(1)))
     [failing] = [
@@ -98,13 +101,36 @@ def test_a_share_that_fails_costs_one_save(folder: Path, events: Events, error: 
     save_on_all(ranks, *views)
     assert committed_steps(ranks[0]) == [1]
     assert ranks[0].failure is not None
-    [failed] = events.named("save_failed")
+    [failed] = events.named(event)
     assert f"rank {failing} could not write its share" in failed["error"]
     assert str(error.args[-1]) in failed["error"]
+    assert isinstance(ranks[failing].failure, type(error)), "what a rank met itself it knows"
     assert os.listdir(folder) == [layout.step_name(1)], "nothing half done stays"
     save_on_all(ranks, shared(snapshot(3)))
     assert ranks[0].failure is None
     assert_holds(ranks[0].restore(), snapshot(3))
+
+
+def test_ranks_that_track_other_states_commit_nothing(folder: Path, events: Events) -> None:
+    """Rank 1 has one tensor less: nobody writes what rank 0 leaves to it."""
+    ranks = open_ranks(folder, events)
+    views = [shared(snapshot(1)) for _ in range(WORLD_SIZE)]
+    for rank in range(1, WORLD_SIZE):
+        views[rank] = shared(dataclasses.replace(views[rank], tensors={"model": views[rank].tensors["model"]}))
+    save_on_all(ranks, *views)
+    assert committed_steps(ranks[0]) == []
+    assert "nobody wrote" in events.named("save_failed")[0]["error"]
+
+
+def test_a_rank_that_cannot_read_what_rank_0_read_blames_no_checkpoint(folder: Path, events: Events) -> None:
+    ranks = open_ranks(folder, events)
+    save_on_all(ranks, shared(snapshot(1)))
+    assert_holds(ranks[1].load_chosen(1, reader.in_host_memory), snapshot(1))
+    file = next(ranks[0].committed()[0].glob("optimizer*"))
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    with pytest.raises(OSError, match="rank 0 read it whole"):
+        ranks[1].load_chosen(1, reader.in_host_memory)
+    assert committed_steps(ranks[0]) == [1], "not quarantined"
 
 
 def test_rank_0_that_is_superseded_waits_for_nobody(folder: Path, events: Events) -> None:
