@@ -86,6 +86,18 @@ def faults_pass(code: int, output: str) -> Judgement:
     return passed and struck > 0 and lost == 0, f"{struck} faults struck, {lost} committed checkpoints lost ({summary})"
 
 
+def saves_cost_little(code: int, output: str) -> Judgement:
+    """The table: with a digest in less time than torch.save takes without, and a stall of about one copy."""
+    rows = {cells[0]: cells for line in output.splitlines() if len(cells := line.strip("| ").split(" | ")) >= 7}
+    ours, plain, copy = (rows.get(name) for name in ("latentwire", "torch.save", "*limit:* copy to host"))
+    if code != 0 or ours is None or plain is None or copy is None:
+        return False, f"exit {code}, no table"
+    stall_s, durable_s, copy_s = float(ours[1]), float(ours[2]), float(copy[2])
+    passed = durable_s < float(plain[2]) and stall_s <= 1.2 * copy_s
+    costs = f"durable in {durable_s} s, {ours[5]} x the raw write (torch.save {plain[2]} s)"
+    return passed, f"{costs}; stall {stall_s} s, one copy {copy_s} s"
+
+
 def loss_falls(code: int, output: str) -> Judgement:
     """The quickstart finished and its evaluation loss fell."""
     figures = [float(figure) for figure in re.findall(r"eval/loss ([\d.]+)", output)]
@@ -191,6 +203,18 @@ ITEMS = (
         tests_pass,
     ),
     Item(
+        "never-torn",
+        "Each checkpoint holds one step's state while training goes on, written by one rank or by several",
+        _pytest("tests/train/test_staging.py", "tests/unit/test_shares.py"),
+        tests_pass,
+    ),
+    Item(
+        "save-cost",
+        "A save with SHA-256, durable, is faster than torch.save without, and training waits for about one copy (2 GB)",
+        (sys.executable, "benchmarks/checkpoint.py", "--size-gb", "2", "--rounds", "3"),
+        saves_cost_little,
+    ),
+    Item(
         "attacks",
         "A hostile checkpoint is refused in bounded time and memory, and the one before it taken",
         _pytest("tests/attacks"),
@@ -236,6 +260,13 @@ ITEMS = (
         "gpu-monitor",
         "The monitor records a real GPU's utilisation, SM activity, memory and processes",
         _pytest("tests/gpu/test_monitor_gpu.py"),
+        tests_pass,
+        needs_gpu=True,
+    ),
+    Item(
+        "overlap-gpu",
+        "On a GPU, copies beside training hold the bits of their step, and a change that no optimizer made is seen",
+        _pytest("tests/gpu/test_overlap.py"),
         tests_pass,
         needs_gpu=True,
     ),
