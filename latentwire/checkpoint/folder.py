@@ -114,7 +114,7 @@ class CheckpointFolder:
         free = shutil.disk_usage(self.folder).free
         if free < num_bytes:
             raise NoSpace(
-                f"a checkpoint needs about {num_bytes / 1e9:.3f} GB and {self.folder} has {free / 1e9:.3f} GB free: "
+                f"a checkpoint needs about {num_bytes / 1e6:,.1f} MB and {self.folder} has {free / 1e6:,.1f} MB free: "
                 "free some space, or put the runs folder on another file system"
             )
 

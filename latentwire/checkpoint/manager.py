@@ -425,9 +425,9 @@ class CheckpointManager(CheckpointFolder):
             )
         if candidates or quarantined:
             raise NoUsableCheckpoint(
-                f"{self.homes} has {len(candidates)} checkpoints and {len(quarantined)} in quarantine, and none can "
-                "be used; the reasons are in `latentwire events`. Put a good copy of one back, or, to begin again at "
-                f"step 0, remove {self.homes}"
+                f"{self.homes} has {len(self.committed())} checkpoints and {len(quarantined)} in quarantine, and none "
+                "can be used; the reasons are in `latentwire events`. Put a good copy of one back, or, to begin again "
+                f"at step 0, remove the whole run: {self._whole_run}"
             )
         return None
 
@@ -452,6 +452,11 @@ class CheckpointManager(CheckpointFolder):
     def homes(self) -> str:
         """Where checkpoints may be, in words."""
         return str(self.folder) if self._mirror is None else f"{self.folder} (with its mirror {self._mirror.url})"
+
+    @property
+    def _whole_run(self) -> str:
+        run = str(self.folder.parent)
+        return run if self._mirror is None else f"{run} and {self._mirror.url}"
 
     def _go_on_from(self, loaded: Loaded) -> Loaded:
         self.committed_step = loaded.manifest.step

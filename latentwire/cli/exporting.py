@@ -44,9 +44,9 @@ def export(
     weights = _weights(loaded, ema)
     config = opened.config()
     describe = export_config(config.workload.target)
-    aside = to.with_name(f".{to.name}.export-{os.getpid()}")
     if to.exists():
         raise CheckpointError(f"{to} exists: name a folder that does not")
+    aside = to.with_name(f".{to.name}.export-{os.getpid()}")
     aside.mkdir(parents=True)
     try:
         with open(aside / "model.safetensors", "xb") as file:

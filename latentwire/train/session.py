@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -35,6 +36,7 @@ from latentwire.errors import (
     ConfigError,
     LatentWireError,
     RunBusy,
+    RunError,
 )
 from latentwire.preemption.deadline import Pace, deadline, step_fits
 from latentwire.preemption.handler import Preempted, PreemptionHandler
@@ -125,7 +127,13 @@ class Session:
     # --- set up -----------------------------------------------------------------------------------------------------
 
     def track(self, **objects: Stateful) -> None:
-        """Name what belongs to the state: modules, optimizers, schedulers, anything with a state_dict."""
+        """Name what belongs to the state: modules, optimizers, schedulers, anything with a state_dict.
+
+        Raises:
+            RunError: a name that cannot be one, an object without state_dict, or training has begun.
+        """
+        if self._saving is not None:
+            raise RunError(f"track {', '.join(objects)} before the first batch: what is restored must be known by then")
         for name, stateful in objects.items():
             self._state.track(name, stateful)
 
@@ -431,6 +439,7 @@ class Session:
             manager.close()
         except CheckpointError as error:  # to be preempted is no failure: the next attempt goes on from the last commit
             unsaved = str(error)
+            print(f"latentwire: left at step {self.step} without saving it: {error}", file=sys.stderr)
             self.event("left_unsaved", step=self.step, error=unsaved)
         self.event(
             "left",
@@ -464,7 +473,8 @@ class Session:
         if error is None:
             self._agent_journal.event("attempt_ended", outcome="finished", step=self.step)
         elif isinstance(error, Preempted):
-            self._agent_journal.event("attempt_ended", outcome="preempted", step=error.step)
+            why = {"error": error.error} if error.error is not None else {}
+            self._agent_journal.event("attempt_ended", outcome="preempted", step=error.step, **why)
         else:
             said = f"{type(error).__name__}: {error}"
             self._agent_journal.event("attempt_ended", outcome="failed", cause="other", step=self.step, error=said)

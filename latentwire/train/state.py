@@ -123,7 +123,7 @@ class TrainingState:
         if set(trees) != {*self._tracked, "random"}:
             raise CheckpointMismatch(
                 f"{loaded.path} holds {', '.join(sorted(trees))}; this program tracks "
-                f"{', '.join(sorted(self._tracked))}: track the same objects under the same names"
+                f"{', '.join(sorted(self._tracked)) or 'nothing'}: track the same objects under the same names"
             )
         states = {name: _put_together(tree, loaded.tensors.get(name, {})) for name, tree in trees.items()}
         for name, stateful in self._tracked.items():

@@ -558,7 +558,7 @@ def fill(path: Path) -> None:
 def test_too_little_space_is_refused_with_figures(small_disk: Path) -> None:
     manager = open_manager(small_disk / "checkpoints")
     manager.check_space(1 << 19)
-    with pytest.raises(NoSpace, match=r"needs about 0.002 GB and .* has 0.001 GB free"):
+    with pytest.raises(NoSpace, match=r"needs about 2\.1 MB and .* has 1\.\d MB free"):
         manager.check_space(1 << 21)
 
 
