@@ -199,7 +199,9 @@ ITEMS = (
     Item(
         "checkpoints",
         "Corrupt, unsafe, torn and foreign checkpoints are found, kept aside and never used",
-        _pytest("tests/unit/test_checkpoint.py", "tests/unit/test_layout.py"),
+        _pytest(
+            *(f"tests/unit/test_{name}.py" for name in ("checkpoint", "checkpoint_rivals", "checkpoint_disk", "layout"))
+        ),
         tests_pass,
     ),
     Item(

@@ -23,7 +23,7 @@ import stamina
 
 from latentwire.checkpoint import layout, reader, shares, writer
 from latentwire.checkpoint.folder import CheckpointFolder
-from latentwire.checkpoint.layout import FileRecord, Manifest, Snapshot, TensorFile, step_name
+from latentwire.checkpoint.layout import FileRecord, Manifest, Snapshot, step_name
 from latentwire.checkpoint.reader import Loaded, Place
 from latentwire.checkpoint.unchanged import Unchanged
 from latentwire.checkpoint.writer import Writer
@@ -40,8 +40,6 @@ from latentwire.run.disk import told
 if TYPE_CHECKING:
     from latentwire.checkpoint.mirror import Mirror
 
-_PATIENCE_S, _PATIENCE_TIMES = 120.0, 10.0
-"""How long rank 0 waits for the others' shares: so long, or so many times what its own took."""
 _MARGIN_S = 2.0
 """Left over of a grace for closing files and the exit."""
 
@@ -93,9 +91,8 @@ class CheckpointManager(CheckpointFolder):
         self.identity = dict(identity)
         self._version = version
         self._rank = rank
-        self._world_size = world_size
         self._threads = threads
-        self._writer = Writer(threads, shard_bytes, link_unchanged)
+        self._writer = Writer(threads, shard_bytes, link_unchanged, rank, world_size)
         self._unchanged = Unchanged(watched, max_unchanged)
         self._num_saves = 0
         self._leave_by: float | None = None
@@ -135,8 +132,7 @@ class CheckpointManager(CheckpointFolder):
 
     def share_of(self, snapshot: Snapshot) -> list[tuple[str, str]]:
         """(group, name) of the tensors that this rank writes."""
-        files = self._writer.plan(snapshot, self._world_size)
-        return [(file.group, name) for file in files if file.rank == self._rank for name in file.tensors]
+        return [(file.group, name) for file in self._writer.share(snapshot) for name in file.tensors]
 
     def leave_by(self, monotonic_s: float) -> None:
         """From now on nothing is read back that would not be done by then; the next attempt makes it good.
@@ -235,18 +231,16 @@ class CheckpointManager(CheckpointFolder):
 
     def _save_share(self, snapshot: Snapshot, hidden: Path) -> None:
         """The part of a rank other than 0. What the disk refuses is told to rank 0, which has the say."""
-        mine = [file for file in self._writer.plan(snapshot, self._world_size) if file.rank == self._rank]
         try:
             self._fence()
             hidden.mkdir(exist_ok=True)
-            snapshot.settle()
-            shares.tell_written(hidden, self._rank, self._writer.write(hidden, snapshot, mine))
+            shares.tell_written(hidden, self._rank, self._writer.write_share(hidden, snapshot))
             self.failure = None
         except (OSError, CheckpointTorn) as error:
             self.failure = error
             self._event("share_failed", step=snapshot.step, error=self._said(error))
             with contextlib.suppress(OSError):  # where the disk refuses this too, rank 0 learns it from the clock
-                for file in mine:  # makes room on a full disk
+                for file in self._writer.share(snapshot):  # makes room on a full disk
                     (hidden / file.name).unlink(missing_ok=True)
                 shares.tell_failed(hidden, self._rank, error)
 
@@ -271,33 +265,16 @@ class CheckpointManager(CheckpointFolder):
         fsync_directory(self.folder)
 
     def _write(self, snapshot: Snapshot, hidden: Path) -> None:
-        plan = self._writer.plan(snapshot, self._world_size)
-        started = time.monotonic()
-        try:
-            snapshot.settle()
-            files = self._writer.write(hidden, snapshot, [file for file in plan if file.rank == 0])
-        except (OSError, CheckpointTorn):
-            with contextlib.suppress(OSError):  # the first error says more
-                self._collect(hidden, started)  # nobody else may be writing when the folder is removed
-            raise
-        files |= shares.records(self._collect(hidden, started))
-        missing = sorted({file.name for file in plan} - files.keys())
-        if missing:
-            raise OSError(
-                errno.EIO, f"nobody wrote {', '.join(missing[:3])}: the ranks track other states", str(hidden)
-            )
+        files = self._writer.write_all(hidden, snapshot, self._fence)
         files[layout.STATE] = writer.write_state(hidden, snapshot)
-        manifest = self._manifest(snapshot, plan, files)
+        manifest = self._manifest(snapshot, files)
         writer.seal(hidden, manifest)
         alarm = self._unchanged.seen(manifest)
         if alarm is not None:
             self._event("weights_unchanged", step=snapshot.step, **alarm)
 
-    def _collect(self, hidden: Path, started: float) -> list[dict[str, Any]]:
-        patience_s = max(_PATIENCE_S, _PATIENCE_TIMES * (time.monotonic() - started))
-        return shares.collect(hidden, range(1, self._world_size), self._fence, patience_s)
-
-    def _manifest(self, snapshot: Snapshot, plan: list[TensorFile], files: Mapping[str, FileRecord]) -> Manifest:
+    def _manifest(self, snapshot: Snapshot, files: Mapping[str, FileRecord]) -> Manifest:
+        plan = self._writer.plan(snapshot)
         groups = {group: tuple(f.name for f in plan if f.group == group) for group in sorted(snapshot.tensors)}
         return Manifest(
             step=snapshot.step,

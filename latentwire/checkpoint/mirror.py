@@ -26,6 +26,7 @@ from latentwire.checkpoint import layout, reader
 from latentwire.checkpoint.layout import Manifest, step_name
 from latentwire.checkpoint.retention import Kept, to_delete
 from latentwire.checkpoint.store import Stopped, Store
+from latentwire.checkpoint.writer import write_file
 from latentwire.errors import (
     CheckpointCorrupt,
     CheckpointError,
@@ -205,14 +206,13 @@ class Mirror:
         folder = f"{checkpoint.name}.attempt-{self._token:04d}"
         if folder in folders:
             self._store.delete(folder, folders[folder])
-        num_bytes = sum(record.num_bytes for record in manifest.files.values())
-        self._event("mirror_started", step=manifest.step, bytes=num_bytes, to=f"{self.url}/{folder}")
+        self._event("mirror_started", step=manifest.step, bytes=manifest.num_bytes, to=f"{self.url}/{folder}")
         self._store.upload([checkpoint / name for name in manifest.files], folder, manifest.files)
         self._store.upload([checkpoint / layout.SUMS, *measured], folder, {})
         self._fence()
         self._store.upload([checkpoint / layout.MANIFEST], folder, {})
         seconds = round(time.monotonic() - started, 4)
-        self._event("mirror_committed", step=manifest.step, bytes=num_bytes, seconds=seconds)
+        self._event("mirror_committed", step=manifest.step, bytes=manifest.num_bytes, seconds=seconds)
         return manifest
 
     def _twin(self, checkpoint: Path, manifest: Manifest, folders: Mapping[str, Mapping[str, int]]) -> Copy | None:
@@ -295,13 +295,12 @@ class Mirror:
         shutil.rmtree(hidden, ignore_errors=True)
         hidden.mkdir()
         for name in (layout.MANIFEST, layout.SUMS):
-            _write_durably(hidden / name, self._store.read(copy.folder, name))
+            write_file(hidden / name, [self._store.read(copy.folder, name)])
         manifest = reader.read_manifest(hidden)
         if manifest.step != copy.step:
             raise CheckpointCorrupt(f"{self.url}/{copy.folder} holds step {manifest.step}")
         self._refuse_another_run(copy, manifest, manager)
-        num_bytes = sum(record.num_bytes for record in manifest.files.values())
-        manager.check_space(num_bytes)
+        manager.check_space(manifest.num_bytes)
         self._store.download(copy.folder, manifest.files, hidden)
         fsync_directory(hidden)
         self._fence()
@@ -312,7 +311,7 @@ class Mirror:
         fsync_directory(manager.folder)
         seconds = round(time.monotonic() - started, 4)
         origin = f"{self.url}/{copy.folder}"
-        self._event("mirror_restored", step=copy.step, origin=origin, bytes=num_bytes, seconds=seconds)
+        self._event("mirror_restored", step=copy.step, origin=origin, bytes=manifest.num_bytes, seconds=seconds)
         return final
 
     def _refuse_another_run(self, copy: Copy, manifest: Manifest, manager: CheckpointManager) -> None:
@@ -329,10 +328,3 @@ def _copies(folders: Mapping[str, Mapping[str, int]]) -> list[Copy]:
     found = [(match, files) for folder, files in folders.items() if (match := _FOLDER.fullmatch(folder))]
     copies = [Copy(int(m[1]), int(m[2]), m[0], files) for m, files in found if layout.MANIFEST in files]
     return sorted(copies, key=lambda copy: (copy.step, copy.attempt), reverse=True)
-
-
-def _write_durably(path: Path, data: bytes) -> None:
-    with open(path, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())

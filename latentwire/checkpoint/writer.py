@@ -7,16 +7,20 @@ the rename leaves a hidden folder that no reader looks at; a crash after it leav
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-from latentwire.checkpoint import bounded, layout, tensor_file
+from latentwire.checkpoint import bounded, layout, shares, tensor_file
 from latentwire.checkpoint.layout import FileRecord, Manifest, Snapshot, TensorFile
-from latentwire.errors import CheckpointError
+from latentwire.errors import CheckpointError, CheckpointTorn
 from latentwire.run.atomic import fsync_directory
 from latentwire.run.disk import naming
 
@@ -26,6 +30,8 @@ _FLUSH_BYTES = 64 << 20
 """The disk is set to work after so many bytes of a file; left alone the kernel would gather gigabytes first."""
 _HEAD_BYTES = 1 << 20
 """Of a file, to tell without reading it whole that it has changed since the last save."""
+_PATIENCE_S, _PATIENCE_TIMES = 120.0, 10.0
+"""How long rank 0 waits for the others' shares: so long, or so many times what its own took."""
 
 Pieces = Iterable[bytes | memoryview]
 
@@ -46,22 +52,25 @@ class Writer:
         threads: files written side by side.
         shard_bytes: size at which a group is divided into files.
         link: equal files are linked.
+        rank, world_size: which part is this one's to write.
     """
 
-    def __init__(self, threads: int, shard_bytes: int, link: bool) -> None:
-        self._link = link
+    def __init__(self, threads: int, shard_bytes: int, link: bool, rank: int, world_size: int) -> None:
         self._threads = threads
         self._shard_bytes = shard_bytes
+        self._link = link
+        self._rank = rank
+        self._world_size = world_size
         self._written: dict[str, _Written] = {}
         self._linkable: dict[str, _Written] = {}
 
-    def plan(self, snapshot: Snapshot, world_size: int) -> list[TensorFile]:
-        """The snapshot's files.
+    def plan(self, snapshot: Snapshot) -> list[TensorFile]:
+        """The snapshot's files, of all ranks.
 
         Raises:
             CheckpointError: a group's name cannot name a file.
         """
-        files = layout.plan_files(snapshot, self._shard_bytes, world_size)
+        files = layout.plan_files(snapshot, self._shard_bytes, self._world_size)
         for file in files:
             if not layout.is_plain_name(file.name):
                 raise CheckpointError(
@@ -70,21 +79,58 @@ class Writer:
                 )
         return files
 
-    def write(self, folder: Path, snapshot: Snapshot, files: Iterable[TensorFile]) -> dict[str, FileRecord]:
-        """Write these files of the snapshot into the folder, durably but for their names. Blocks.
+    def share(self, snapshot: Snapshot) -> list[TensorFile]:
+        """Those that this rank writes, the largest first: begun last, it alone would keep everybody waiting."""
+        mine = (file for file in self.plan(snapshot) if file.rank == self._rank)
+        return sorted(mine, key=lambda file: -file.num_bytes)
+
+    def write_share(self, folder: Path, snapshot: Snapshot) -> dict[str, FileRecord]:
+        """Write this rank's files of the snapshot into the folder, durably but for their names. Blocks.
 
         Raises:
+            CheckpointTorn: its bytes are not those of one step.
             OSError: the disk refused.
         """
-        # The largest first: begun last, it alone would keep everybody waiting.
-        ordered = sorted(files, key=lambda file: -file.num_bytes)
+        ordered = self.share(snapshot)
+        snapshot.settle()
         self._written = {}
         with ThreadPoolExecutor(self._threads, thread_name_prefix="checkpoint-write") as pool:
             records = list(pool.map(lambda file: self._write_or_link(folder, snapshot, file), ordered))
         return {file.name: record for file, record in zip(ordered, records, strict=True)}
 
+    def write_all(self, folder: Path, snapshot: Snapshot, check: Callable[[], None]) -> dict[str, FileRecord]:
+        """Write rank 0's share and gather those of the others. Called by rank 0; blocks.
+
+        Args:
+            folder: where all ranks write.
+            snapshot: what to write.
+            check: raises where waiting for the others has become pointless.
+
+        Raises:
+            CheckpointTorn: a rank's bytes are not those of one step.
+            OSError: a rank's disk refused, a rank was not heard of, or nobody wrote a file.
+        """
+        started = time.monotonic()
+
+        def others() -> list[dict[str, Any]]:
+            patience_s = max(_PATIENCE_S, _PATIENCE_TIMES * (time.monotonic() - started))
+            return shares.collect(folder, range(1, self._world_size), check, patience_s)
+
+        try:
+            files = self.write_share(folder, snapshot)
+        except (OSError, CheckpointTorn):
+            with contextlib.suppress(OSError):  # the first error says more
+                others()  # nobody else may be writing when the folder is removed
+            raise
+        files |= shares.records(others())
+        missing = sorted({file.name for file in self.plan(snapshot)} - files.keys())
+        if missing:
+            said = f"nobody wrote {', '.join(missing[:3])}: the ranks track other states"
+            raise OSError(errno.EIO, said, str(folder))
+        return files
+
     def may_link_to(self, folder: Path) -> None:
-        """The files of the last ``write`` are in this folder now and were read back."""
+        """The files of the last ``write_share`` are in this folder now and were read back."""
         self._linkable = {n: dataclasses.replace(written, path=folder / n) for n, written in self._written.items()}
 
     def forget(self) -> None:

@@ -12,7 +12,7 @@ import typer
 
 from latentwire.cli import DEFAULT_RUNS_DIR
 from latentwire.cli.arguments import RunArgument, RunsDirOption, StepArgument
-from latentwire.cli.chosen import chosen, committed, map_tensors, num_bytes
+from latentwire.cli.chosen import chosen, committed, map_tensors
 from latentwire.cli.comparing import diff
 from latentwire.cli.exporting import export
 from latentwire.cli.pruning import prune
@@ -66,7 +66,7 @@ def verify(run: RunArgument, step: StepArgument = None, runs_dir: RunsDirOption 
             failed = True
             print(f"latentwire: {visible(str(error))}", file=sys.stderr)
         else:
-            what = f"{len(manifest.files)} files, {size(num_bytes(manifest))}"
+            what = f"{len(manifest.files)} files, {size(manifest.num_bytes)}"
             print(f"{path.name}: {what}, every byte as committed ({time.monotonic() - started:.2f} s)")
     if failed:
         raise typer.Exit(1)
@@ -104,7 +104,7 @@ def _row(path: Path, now: float) -> tuple[str, ...]:
     except CheckpointError as error:
         return (path.name, "BAD", NOTHING, NOTHING, NOTHING, str(error))
     state = "verified" if is_verified(path) else "committed"
-    size_ = size(num_bytes(manifest))
+    size_ = size(manifest.num_bytes)
     return (path.name, state, ago(manifest.created, now), str(manifest.attempt), size_, _metrics(manifest))
 
 

@@ -11,7 +11,6 @@ from latentwire.errors import CheckpointCorrupt, CheckpointError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from latentwire.checkpoint.layout import Manifest
     from latentwire.checkpoint.tensor_file import HostTensor
     from latentwire.run.directory import Run
 
@@ -50,8 +49,3 @@ def map_tensors(path: Path, num_bytes: int) -> dict[str, HostTensor]:
     except (FileNotFoundError, ValueError):  # an empty file cannot be mapped
         raise CheckpointCorrupt(f"{path} is missing or empty") from None
     return decode_tensors(data, str(path))
-
-
-def num_bytes(manifest: Manifest) -> int:
-    """Bytes of all its files."""
-    return sum(record.num_bytes for record in manifest.files.values())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -61,9 +60,9 @@ def _tensors(path: Path) -> dict[str, dict[str, HostTensor]]:
 
 def _values(path: Path) -> dict[str, Any]:
     """What stands in state.json, but for names of tensors; lists as mappings, so that their items are compared."""
-    from latentwire.checkpoint.layout import STATE
+    from latentwire.checkpoint.reader import read_manifest, read_values
 
-    values = _as_mappings(json.loads((path / STATE).read_text(encoding="utf-8")))
+    values = _as_mappings(read_values(path, read_manifest(path)))
     assert isinstance(values, dict)
     return values
 

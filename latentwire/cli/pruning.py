@@ -9,7 +9,6 @@ import typer
 
 from latentwire.cli import DEFAULT_RUNS_DIR
 from latentwire.cli.arguments import RunArgument, RunsDirOption
-from latentwire.cli.chosen import num_bytes
 from latentwire.cli.text import size
 from latentwire.errors import RunBusy
 
@@ -21,8 +20,7 @@ def prune(
     runs_dir: RunsDirOption = DEFAULT_RUNS_DIR,
 ) -> None:
     """Delete all checkpoints but the newest verified ones, the best, and those that are not verified yet."""
-    from latentwire import __version__
-    from latentwire.checkpoint.manager import CheckpointManager
+    from latentwire.checkpoint.folder import CheckpointFolder
     from latentwire.checkpoint.reader import read_manifest
     from latentwire.run.directory import open_run
     from latentwire.run.status import is_alive
@@ -32,11 +30,9 @@ def prune(
     if attempts and attempts[-1].ended() is None and is_alive(attempts[-1], time.time()):
         raise RunBusy(f"{opened.name} is running and prunes by itself; to change how much: checkpoint.keep=N")
     section = opened.config().checkpoint
-    manager = CheckpointManager(
+    folder = CheckpointFolder(
         opened.checkpoints,
         token=opened.newest_number(),
-        version=__version__,
-        identity={},
         fence=attempts[-1].assert_newest if attempts else lambda: None,
         event=lambda *_, **__: None,
         keep=keep or section.keep,
@@ -44,9 +40,9 @@ def prune(
         best_mode=section.best_mode,
     )
     total = 0
-    for path in manager.expendable():
-        total += (freed := num_bytes(read_manifest(path)))
+    for path in folder.expendable():
+        total += (freed := read_manifest(path).num_bytes)
         print(f"{path.name}: {size(freed)} {'would be' if dry_run else 'is'} deleted")
         if not dry_run:
-            manager.delete(path)
+            folder.delete(path)
     print(f"{size(total)} {'would be' if dry_run else 'were'} freed" if total else "nothing to delete")

@@ -28,7 +28,7 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if not os.path.isabs(error.filename or ""):
+        if error.errno is not None and not os.path.isabs(error.filename or ""):  # else it is ours, with its own words
             error.filename = os.fspath(path)
         raise
 

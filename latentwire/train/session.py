@@ -167,7 +167,8 @@ class Session:
             raise
         self.ranks.highest([0.0])  # all have loaded
         self.attempt.unmark_restoring()
-        history = History.before(self.run, self.attempt)
+        is_auto = self.config.checkpoint.interval_s == "auto"  # else nobody asks, and it reads every journal
+        history = History.before(self.run, self.attempt) if is_auto else History(0.0, 0)
         self._saving = Saving(manager, self._state, self.config.checkpoint, self.ranks, history, self.event)
         self._saving.reserve(num_bytes)
         self._saving.remember_boundary()

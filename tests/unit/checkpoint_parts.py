@@ -88,6 +88,17 @@ def open_manager(
     )
 
 
+def next_attempt(folder: Path, events: Events | None = None, token: int = 2, **options: Any) -> CheckpointManager:
+    """A manager as a restarted job opens it."""
+    manager = open_manager(folder, token, event=Events() if events is None else events, **options)
+    manager.sweep()
+    return manager
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
 def commit(manager: CheckpointManager, *steps: int) -> None:
     """Save these steps one after the other and wait for each."""
     for step in steps:

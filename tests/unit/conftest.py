@@ -9,10 +9,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from checkpoint_parts import Events, open_manager
 from cli_parts import Agents, read_line
 from hypothesis import settings
 from run_parts import Start
 
+from latentwire.checkpoint.manager import CheckpointManager
 from latentwire.run.directory import Run
 from latentwire.run.process import ProcessIdentity
 
@@ -20,6 +22,7 @@ _AGENT = """
 import signal, sys
 from pathlib import Path
 from typing import Any
+from latentwire.checkpoint.manager import CheckpointManager
 from latentwire.run.directory import Run
 told = {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT}
 signal.pthread_sigmask(signal.SIG_BLOCK, told)
@@ -29,6 +32,23 @@ print(signal.sigwait(told).name, flush=True)
 
 settings.register_profile("latentwire", deadline=None, database=None, print_blob=True)
 settings.load_profile("latentwire")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "checkpoints"
+
+
+@pytest.fixture
+def events() -> Events:
+    return Events()
+
+
+@pytest.fixture
+def manager(folder: Path, events: Events) -> Iterator[CheckpointManager]:
+    manager = open_manager(folder, event=events)
+    yield manager
+    manager.close()
 
 
 @pytest.fixture

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +17,10 @@ from checkpoint_parts import (
     assert_sound,
     commit,
     committed_steps,
+    cut,
     digest_of,
+    next_attempt,
     open_manager,
-    plain,
     rewrite_manifest,
     snapshot,
     tensor,
@@ -34,35 +32,8 @@ from latentwire.checkpoint.manager import CheckpointManager
 from latentwire.errors import (
     CheckpointError,
     CheckpointTooNew,
-    Fenced,
-    NoSpace,
     NoUsableCheckpoint,
 )
-from latentwire.run.directory import Attempt, Run
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path / "checkpoints"
-
-
-@pytest.fixture
-def events() -> Events:
-    return Events()
-
-
-@pytest.fixture
-def manager(folder: Path, events: Events) -> Iterator[CheckpointManager]:
-    manager = open_manager(folder, event=events)
-    yield manager
-    manager.close()
-
-
-def next_attempt(folder: Path, events: Events | None = None, token: int = 2, **options: Any) -> CheckpointManager:
-    """A manager as a restarted job opens it."""
-    manager = open_manager(folder, token, event=Events() if events is None else events, **options)
-    manager.sweep()
-    return manager
 
 
 def listing(folder: Path) -> dict[str, bytes]:
@@ -242,10 +213,6 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
-
-
 def empty(path: Path) -> None:
     path.write_bytes(b"")
 
@@ -373,229 +340,3 @@ def test_a_newer_format_stops_and_is_left_in_its_place(manager: CheckpointManage
     with pytest.raises(CheckpointTooNew, match="upgrade latentwire"):
         next_attempt(folder).restore()
     assert listing(folder) == before
-
-
-# ---- A newer attempt -------------------------------------------------------------------------------------------------
-
-
-class Split:
-    """A run whose old attempt still saves when a new one, on another node, takes over."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.old = run.claim_attempt("1", "local")
-        self.new: Attempt | None = None
-
-    def take_over(self) -> CheckpointManager:
-        self.new = self.run.claim_attempt("2", "local")
-        manager = open_manager(self.run.checkpoints, self.new.number, self.new.assert_newest)
-        manager.sweep()
-        return manager
-
-    def take_over_at(self, call: int, before: bool) -> Callable[[], None]:
-        """The old attempt's fence, at whose n-th call the new attempt appears: right before it looks, or after."""
-        calls: list[int] = []
-
-        def fence() -> None:
-            calls.append(len(calls) + 1)
-            if before and len(calls) == call:
-                self.take_over()
-            self.old.assert_newest()
-            if not before and len(calls) == call:
-                self.take_over()
-
-        return fence
-
-
-BEFORE_WRITING, BEFORE_THE_RENAME = 1, 2
-
-
-@pytest.mark.parametrize("call", [BEFORE_WRITING, BEFORE_THE_RENAME])
-@pytest.mark.parametrize("before", [True, False], ids=["before the look", "after the look"])
-def test_a_superseded_attempt_commits_nothing(run: Run, call: int, before: bool) -> None:
-    split, events = Split(run), Events()
-    stale = open_manager(run.checkpoints, split.old.number, split.take_over_at(call, before), events)
-    stale.save(snapshot(1))
-    with pytest.raises(Fenced, match="superseded by attempt 2"):
-        stale.close()
-    assert os.listdir(run.checkpoints) == []
-    assert events.named("save_committed") == []
-
-
-def test_a_superseded_attempt_prunes_nothing(run: Run) -> None:
-    split = Split(run)
-    stale = open_manager(
-        run.checkpoints, split.old.number, split.take_over_at(3, before=True), keep=1, best_metric=None
-    )
-    commit(open_manager(run.checkpoints), 1)
-    stale.save(snapshot(2))
-    with pytest.raises(Fenced):
-        stale.close()
-    assert committed_steps(stale) == [1, 2], "committed before the other appeared, and whole"
-    assert_sound(run.checkpoints / step_name(2))
-
-
-def test_a_superseded_attempt_quarantines_nothing(run: Run) -> None:
-    split = Split(run)
-    stale = open_manager(run.checkpoints, split.old.number, split.old.assert_newest)
-    commit(stale, 1)
-    new = split.take_over()
-    cut(run.checkpoints / step_name(1) / layout.STATE)
-    with pytest.raises(Fenced):
-        stale.restore()
-    assert committed_steps(new) == [1]
-
-
-def test_a_rename_in_the_midst_of_the_sweep_shows_nothing_torn(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stale writer had looked at the fence, and renames while the new attempt is removing its files."""
-    old = open_manager(run.checkpoints, token=1)
-    commit(old, 1)
-    hidden = run.checkpoints / f"{layout.SAVING_PREFIX}0001-00000002"
-    final = run.checkpoints / step_name(2)
-    shutil.copytree(run.checkpoints / step_name(1), hidden)
-    remove_tree = shutil.rmtree
-
-    def interrupted(path: Path, ignore_errors: bool = False) -> None:
-        next(path.glob("*.safetensors")).unlink()
-        if hidden.exists():
-            hidden.rename(final)
-        remove_tree(path, ignore_errors)
-
-    monkeypatch.setattr(shutil, "rmtree", interrupted)
-    new = next_attempt(run.checkpoints)
-    assert committed_steps(new) == [1]
-    assert sorted(os.listdir(run.checkpoints)) == [step_name(1)]
-
-
-def test_a_sweep_leaves_what_newer_attempts_are_writing(folder: Path) -> None:
-    manager = open_manager(folder, token=2)
-    mine, newer, older = (folder / f"{layout.SAVING_PREFIX}{token:04d}-00000001" for token in (2, 3, 1))
-    for path in (mine, newer, older):
-        path.mkdir()
-    manager.sweep()
-    assert sorted(folder.iterdir()) == [mine, newer]
-
-
-def test_two_managers_on_one_folder_leave_whole_checkpoints(folder: Path) -> None:
-    """Without a fence between them, as two nodes may be for a moment."""
-    managers = [open_manager(folder, token, threads=2) for token in (1, 2)]
-    for step in (1, 2, 3):
-        for manager in managers:
-            manager.save(snapshot(step))
-    for manager in managers:
-        manager.wait()
-    assert {1, 2, 3} >= set(committed_steps(managers[0])) >= {2, 3}
-    for path in managers[0].committed():
-        assert_sound(path)
-
-
-def test_two_ranks_that_meet_a_damaged_checkpoint_take_the_same_older_one(
-    manager: CheckpointManager, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    commit(manager, 1, 2)
-    cut(folder / step_name(2) / layout.STATE)
-    first, second = next_attempt(folder), next_attempt(folder)
-    rename = os.rename
-
-    def overtaken(source: Path, target: Path) -> None:
-        monkeypatch.setattr(os, "rename", rename)
-        assert_holds(second.restore(), snapshot(1))
-        rename(source, target)
-
-    monkeypatch.setattr(os, "rename", overtaken)
-    assert_holds(first.restore(), snapshot(1))
-    assert len(os.listdir(folder / layout.QUARANTINE)) == 1
-
-
-# ---- The disk refuses ------------------------------------------------------------------------------------------------
-
-
-def test_a_full_disk_costs_one_save(small_disk: Path) -> None:
-    events = Events()
-    manager = open_manager(small_disk / "checkpoints", event=events)
-    manager.save(large(1))
-    manager.wait()
-    filler = small_disk / "filler"
-    fill(filler)
-
-    manager.save(large(2))
-    manager.wait()
-    [failure] = events.named("save_failed")
-    assert (failure["step"], failure["errno"]) == (2, "ENOSPC")
-    assert manager.failure is not None
-    assert manager.committed_step == 1
-    assert os.listdir(manager.folder) == [step_name(1)], "no half-written remains take up the space"
-    assert_holds(open_manager(manager.folder, 2).restore(), large(1))
-
-    filler.unlink()
-    manager.save(large(3))
-    manager.wait()
-    assert manager.failure is None
-    assert_holds(open_manager(manager.folder, 2).restore(), large(3))
-    manager.close()
-
-
-def test_a_last_save_that_failed_is_told_at_the_end(small_disk: Path) -> None:
-    manager = open_manager(small_disk / "checkpoints")
-    manager.save(large(1))
-    manager.wait()
-    fill(small_disk / "filler")
-    manager.save(large(2))
-    with pytest.raises(CheckpointError, match=r"No space left on device; free some space there.*Step 1 is the newest"):
-        manager.close()
-
-
-def large(step: int) -> Snapshot:
-    return snapshot(step, num_items=30_000)
-
-
-def fill(path: Path) -> None:
-    with open(path, "wb", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(b"\0" * 4096)
-
-
-def test_too_little_space_is_refused_with_figures(small_disk: Path) -> None:
-    manager = open_manager(small_disk / "checkpoints")
-    manager.check_space(1 << 19)
-    with pytest.raises(NoSpace, match=r"needs about 2\.1 MB and .* has 1\.\d MB free"):
-        manager.check_space(1 << 21)
-
-
-def test_what_the_background_ran_into_surfaces_at_the_next_poll_save_and_close(folder: Path) -> None:
-    def broken() -> CheckpointManager:
-        manager = open_manager(folder)
-        manager.save(Snapshot(1, {}, {"value": object()}))
-        return manager
-
-    manager = broken()
-    while manager.busy:
-        threading.Event().wait(0.001)
-    with pytest.raises(TypeError, match="not JSON serializable"):
-        manager.poll()
-    with pytest.raises(TypeError, match="not JSON serializable"):
-        broken().save(snapshot(2))
-    with pytest.raises(TypeError, match="not JSON serializable"):
-        broken().close()
-    assert os.listdir(folder) == []
-
-
-@pytest.mark.parametrize("group", ["modèle", "../x", ".hidden", "a b", ""])
-def test_a_group_that_could_not_be_read_back_is_not_written(folder: Path, group: str) -> None:
-    manager = open_manager(folder)
-    manager.save(Snapshot(1, {group: {"w": tensor("f", [1.0])}}, {}))
-    with pytest.raises(CheckpointError, match="name"):
-        manager.close()
-    assert os.listdir(folder) == []
-
-
-def test_equal_snapshots_give_equal_files(folder: Path) -> None:
-    """Else the digest of the weights would say nothing about the weights."""
-    digests = []
-    for name in ("a", "b"):
-        manager = open_manager(folder / name)
-        commit(manager, 1)
-        manager.close()
-        digests.append(json.loads((folder / name / step_name(1) / layout.MANIFEST).read_text())["files"])
-    assert digests[0] == digests[1]
-    assert plain(snapshot(1).tensors) == plain(snapshot(1).tensors)

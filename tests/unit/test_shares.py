@@ -33,16 +33,6 @@ from latentwire.errors import CheckpointError, CheckpointTorn, Fenced
 WORLD_SIZE = 3
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path / "checkpoints"
-
-
-@pytest.fixture
-def events() -> Events:
-    return Events()
-
-
 # ---- Several ranks ---------------------------------------------------------------------------------------------------
 
 
