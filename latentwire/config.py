@@ -55,6 +55,8 @@ class OptimizerSection(Section):
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    fused: bool = False
+    """One kernel for all parameters: faster on a GPU. Rounds otherwise than without, so it is part of the identity."""
 
 
 class ScheduleSection(Section):
@@ -70,10 +72,11 @@ class TrainSection(Section):
 
     steps: Positive = 1000
     """Optimizer steps in all."""
-    micro_batch: Positive = 8
-    """Samples in one forward pass."""
-    num_micro_batches: Positive = 1
-    """Micro-batches in one step, over all ranks: the global batch is their product."""
+    global_batch: Positive = 8
+    """Samples in one step, over all ranks."""
+    micro_batch: Positive | Literal["auto"] = 8
+    """Samples in one forward pass; divides the global batch. ``auto``: the largest that the GPUs have memory for, found
+    at the run's first start and kept for its life, because bits depend on it."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """``auto``: bf16 where the GPU has it, else fp16 on a GPU, fp32 on a CPU."""
     optimizer: OptimizerSection = OptimizerSection()
@@ -84,7 +87,9 @@ class TrainSection(Section):
     """A step whose gradient norm is larger is recorded and skipped."""
     max_skipped_steps: Annotated[int, Field(ge=0)] = 20
     """So many non-finite or exploding steps may be skipped in a run; one more ends it."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["auto"] = False
+    """Recompute activations in the backward pass: the same bits in less memory, about a quarter slower. ``auto``: where
+    the placement needs it."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Keep an exponential moving average of the trainable weights."""
     warmup_batches: Annotated[int, Field(ge=0)] = 1
@@ -97,6 +102,12 @@ class TrainSection(Section):
     """torch.set_num_threads of every rank. Sums on a CPU depend on it, so it never follows the machine."""
     deterministic: bool = True
     """torch.use_deterministic_algorithms: off, the same bits are not promised on a GPU."""
+
+    @pydantic.model_validator(mode="after")
+    def _micro_batches_are_whole(self) -> TrainSection:
+        if self.micro_batch != "auto" and self.global_batch % self.micro_batch:
+            raise ValueError(f"global_batch ({self.global_batch}) is no multiple of micro_batch ({self.micro_batch})")
+        return self
 
     @pydantic.model_validator(mode="after")
     def _warmup_fits(self) -> TrainSection:
@@ -191,11 +202,22 @@ class RetrySection(Section):
 
 
 class ElasticSection(Section):
-    """Ranks, and what to do when many GPUs are not to be had."""
+    """How the work is laid over the GPUs. The bits of the result do not depend on it, but for ``exact``."""
 
     num_ranks: Positive | None = None
-    """Ranks of an attempt, over all its nodes; None: one for each GPU that the job was given, one on a CPU. The bits of
-    the result do not depend on it."""
+    """Ranks of an attempt, over all its nodes, each with a whole replica; None: as the planner finds best."""
+    gpus_per_replica: Annotated[int, Field(ge=1, le=4)] | None = None
+    """Over so many GPUs the models of a replica are divided; None: as the planner finds best."""
+    exact: bool = True
+    """Add gradients in one order for any number of ranks. Off: a plain all-reduce, and other bits for each number."""
+    memory_target: Annotated[float, Field(gt=0, le=0.85)] = 0.75
+    """Of a GPU's memory, what a plan may fill."""
+    smallest_gpu_gb: Annotated[float, Field(gt=0)] | None = None
+    """Memory of the smallest GPU that the run may ever get: ``train.micro_batch: auto`` then fits on it too."""
+    hang_s: Annotated[float, Field(gt=0)] = 120.0
+    """When the ranks have waited so long for one of them, it is named."""
+    timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+    """When they have waited so long, the attempt ends as a network failure."""
     patience_s: Annotated[float, Field(gt=0)] = 600.0
     """A job that waits in the queue for longer is moved to the next rung of scheduler.gpus."""
 

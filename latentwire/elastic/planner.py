@@ -16,17 +16,28 @@ class Placement:
     """One attempt's ranks and devices; placement.json.
 
     Attributes:
-        devices: the torch device of each rank on its node, ``cuda:0`` or ``cpu``.
+        devices: the torch devices of each rank on its node, ``cuda:0`` or ``cpu``; on the first is what is trained.
         nodes: the node of each rank, counted from 0; never falling.
-        micro_batch: samples of one forward pass.
+        modules: where in a rank's ``devices`` each of the workload's frozen modules goes, one place or several in a
+            row; empty: the workload names none, and all is on the first.
+        micro_batch: samples of one forward pass; with ``probe`` a guess.
         num_micro_batches: micro-batches of one step over all ranks; times ``micro_batch`` it is the global batch.
+        probe: the ranks find the micro-batch before they train.
+        gradient_checkpointing: activations are recomputed in the backward pass.
+        samples_per_s: expected, over all ranks; None: the workload's footprint is not known.
+        peak_bytes: expected on each of a rank's devices; None as above.
         why: in words.
     """
 
-    devices: tuple[str, ...]
+    devices: tuple[tuple[str, ...], ...]
     nodes: tuple[int, ...]
+    modules: Mapping[str, tuple[int, ...]]
     micro_batch: int
     num_micro_batches: int
+    probe: bool
+    gradient_checkpointing: bool
+    samples_per_s: float | None
+    peak_bytes: tuple[int, ...] | None
     why: str
 
     @property
@@ -41,7 +52,20 @@ class Placement:
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Placement:
         """Read what ``dataclasses.asdict`` wrote."""
-        return cls(**{**record, "devices": tuple(record["devices"]), "nodes": tuple(record["nodes"])})
+        peak = record["peak_bytes"]
+        return cls(
+            **{
+                **record,
+                "devices": tuple(map(tuple, record["devices"])),
+                "nodes": tuple(record["nodes"]),
+                "modules": {name: tuple(places) for name, places in record["modules"].items()},
+                "peak_bytes": None if peak is None else tuple(peak),
+            }
+        )
+
+    def devices_of(self, rank: int) -> dict[str, tuple[str, ...]]:
+        """The devices of each named module of a rank."""
+        return {name: tuple(self.devices[rank][p] for p in places) for name, places in self.modules.items()}
 
 
 def plan(
@@ -68,7 +92,8 @@ def plan(
     if gpus and max(local_ranks) >= len(gpus):
         where = " on each node" if num_nodes > 1 else ""
         raise ConfigError(f"elastic.num_ranks is {ranks} and the job sees {len(gpus)} GPUs{where} ({', '.join(gpus)})")
-    micro_batch, num_micro_batches = config.train.micro_batch, config.train.num_micro_batches
+    micro_batch = 8 if config.train.micro_batch == "auto" else config.train.micro_batch
+    num_micro_batches = config.train.global_batch // micro_batch
     for _ in range(halvings):
         if micro_batch % 2:
             raise ConfigError(
@@ -76,10 +101,11 @@ def plan(
                 "a power of two, or turn on train.gradient_checkpointing, or use a larger GPU"
             )
         micro_batch, num_micro_batches = micro_batch // 2, num_micro_batches * 2
-    devices = tuple(f"cuda:{local}" if gpus else "cpu" for local in local_ranks)
+    devices = tuple((f"cuda:{local}" if gpus else "cpu",) for local in local_ranks)
     why = f"{ranks} of {len(gpus) * num_nodes} GPUs" if gpus else f"no GPU: {ranks} on the CPU"
     if num_nodes > 1:
         why += f", {num_nodes} nodes"
     if halvings:
         why += f"; micro-batch halved {halvings} times after running out of memory, so bits may differ from there on"
-    return Placement(devices, nodes, micro_batch, num_micro_batches, why)
+    checkpointing = config.train.gradient_checkpointing is True
+    return Placement(devices, nodes, {}, micro_batch, num_micro_batches, False, checkpointing, None, None, why)

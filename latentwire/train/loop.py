@@ -40,7 +40,7 @@ class Training:
     def __init__(self, session: Session, workload: Workload, placement: Placement) -> None:
         config = session.config.train
         self.session, self.workload, self.config = session, workload, config
-        self.device = torch.device(placement.devices[session.ranks.rank])
+        self.device = torch.device(placement.devices[session.ranks.rank][0])
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # else whatever names no device opens a context on the first GPU
         self.micro_batch = placement.micro_batch
@@ -52,10 +52,14 @@ class Training:
         workload.build(
             BuildContext(
                 device=self.device,
+                devices={
+                    name: tuple(map(torch.device, devices))
+                    for name, devices in placement.devices_of(session.ranks.rank).items()
+                },
                 compute_dtype=dtype,
                 seed=session.config.seed,
                 run_path=session.run.path,
-                gradient_checkpointing=config.gradient_checkpointing,
+                gradient_checkpointing=placement.gradient_checkpointing,
                 safe_point=session.safe_point,
                 event=session.event,
             )

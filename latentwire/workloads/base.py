@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class BuildContext:
-    """What a workload may know of the place it is built in. The same on every rank but for ``device``.
+    """What a workload may know of the place it is built in. The same on every rank but for the devices.
 
     Attributes:
-        device: where this rank computes.
+        device: where this rank computes, and where the trained module is.
         compute_dtype: dtype of the forward and backward pass, resolved from ``train.precision``.
         seed: the run's seed; initial weights must depend on nothing else.
         run_path: the run's directory, for caches (prepared data, tokenizers) that attempts share.
@@ -36,6 +36,8 @@ class BuildContext:
         safe_point: call it before anything long (a model load, a tokenizer training). It returns at once, or raises
             ``Preempted`` when the machine is about to be taken away; let that pass.
         event: writes an event ``event(name, **fields)`` to the attempt's journal.
+        devices: by the name of a frozen module the devices that it is laid over, in order, as the planner chose from
+            the workload's footprint; a module that is not named here goes to ``device``.
     """
 
     device: torch.device
@@ -45,6 +47,7 @@ class BuildContext:
     gradient_checkpointing: bool
     safe_point: Callable[[], None]
     event: Callable[..., None]
+    devices: Mapping[str, tuple[torch.device, ...]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

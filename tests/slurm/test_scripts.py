@@ -166,7 +166,7 @@ def test_sbatch_takes_a_script_with_flags_alone(site: Site, name: str) -> None:
 @pytest.mark.slow
 def test_the_validation_passes(site: Site) -> None:
     workload = {"options": {"width": 1000, "pause_s": 0.01}}
-    train = {"steps": 90, "num_micro_batches": 4, "eval_every": 8, "warmup_batches": 40}
+    train = {"steps": 90, "global_batch": 8, "eval_every": 8, "warmup_batches": 40}
     write_config(site.folder, "short", workload=workload, train=train, checkpoint=OFTEN_SAVED)
     job = site.sbatch("--gres=gpu:0 slurm/validation.slurm short.yaml")
     while site.show(job)["JobState"] in ("PENDING", "RUNNING", "COMPLETING"):

@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 def drill_of_the_toy(cluster: Cluster, folder: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
     """``latentwire drill --cluster slurm``, until the block is left."""
     scheduler = {"partition": "nograce", "gpus": 1, "cpus": 2, "time_min": 10}
-    train = {"steps": 60, "num_micro_batches": 4, "eval_every": 20}
+    train = {"steps": 60, "global_batch": 8, "eval_every": 20}
     workload = {"options": {"pause_s": 0.1}}  # steps enough for the drill, however late a signal comes
     config = write_config(
         folder, "toy-drill", workload=workload, train=train, checkpoint=OFTEN_SAVED, scheduler=scheduler

@@ -22,7 +22,7 @@ def drill_program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subproce
     folder = tmp_path_factory.mktemp("drill")
     # a network and pauses large enough for every window to be hit, and steps enough for windows that were missed
     workload = {"options": {"width": 1000, "pause_s": 0.02}}
-    train = {"steps": 120, "num_micro_batches": 4, "eval_every": 8, "warmup_batches": 40}
+    train = {"steps": 120, "global_batch": 8, "eval_every": 8, "warmup_batches": 40}
     config = write_config(folder, "toy-drill", workload=workload, train=train, checkpoint=OFTEN_SAVED)
     process = subprocess.Popen(
         [BIN / "latentwire", "drill", "--json", "--config", config, "--runs-dir", "runs"],

@@ -139,7 +139,7 @@ def config(num_ranks: int | None = 1, micro_batch: int = 8) -> Config:
     tree = {
         "name": "plan",
         "workload": {"target": "json:JSONDecoder"},
-        "train": {"micro_batch": micro_batch, "num_micro_batches": 4},
+        "train": {"micro_batch": micro_batch, "global_batch": 4 * micro_batch},
         "elastic": {"num_ranks": num_ranks},
     }
     return parse_config(tree, "test")
@@ -159,8 +159,8 @@ def test_a_micro_batch_that_cannot_be_halved_is_an_error_with_a_cure(micro_batch
 
 
 def test_ranks_take_one_device_each() -> None:
-    assert plan(config(3), ["a", "b", "c", "d"], 0).devices == ("cuda:0", "cuda:1", "cuda:2")
-    assert plan(config(2), [], 0).devices == ("cpu", "cpu")
+    assert plan(config(3), ["a", "b", "c", "d"], 0).devices == (("cuda:0",), ("cuda:1",), ("cuda:2",))
+    assert plan(config(2), [], 0).devices == (("cpu",), ("cpu",))
     assert plan(config(2), [], 0).world_size == 2
 
 
@@ -193,7 +193,7 @@ def test_ranks_are_spread_over_nodes_in_order(
     nodes: list[int],
 ) -> None:
     placement = plan(config(num_ranks), gpus, 0, num_nodes, num_gpus)
-    assert (list(placement.devices), list(placement.nodes)) == (devices, nodes)
+    assert ([device for (device,) in placement.devices], list(placement.nodes)) == (devices, nodes)
     assert [rank for node in range(num_nodes) for rank in placement.ranks_on(node)] == list(range(len(devices)))
     assert Placement.from_json(json.loads(json.dumps(dataclasses.asdict(placement)))) == placement
 
