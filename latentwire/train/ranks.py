@@ -89,7 +89,7 @@ class Ranks:
     def all_gather(self, gathered: torch.Tensor, mine: torch.Tensor) -> Work:
         """Begin to set all ranks' parts side by side. Collective."""
         with _lost_ranks_are_a_network_failure():
-            return dist.all_gather_into_tensor(gathered, mine, group=self.gradients, async_op=True)
+            return dist.all_gather(list(gathered.chunk(self.world_size)), mine, group=self.gradients, async_op=True)
 
     def all_reduce(self, tensor: torch.Tensor) -> Work | None:
         """Begin to add up all ranks' tensors in place. Collective."""

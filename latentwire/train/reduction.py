@@ -90,6 +90,7 @@ class Reduction:
         for bucket in self._buckets:
             bucket.give_back()
         self._launched = 0
+        self._now, self._fired = None, []
 
     def _on_gradient(self, parameter: torch.nn.Parameter) -> None:
         """Autograd has finished one parameter's gradient in this backward pass."""

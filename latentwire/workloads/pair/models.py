@@ -13,6 +13,7 @@ import torch
 from accelerate import dispatch_model
 from accelerate.hooks import remove_hook_from_submodules
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -120,7 +121,10 @@ def _random_folder(name: str, shape: str, family: Family, context: BuildContext)
         tokenizer.save_pretrained(folder)
         if shape == "tiny":
             on_cpu = dataclasses.replace(context, device=torch.device("cpu"), compute_dtype=torch.float32)
-            _draw(family, shape, on_cpu).save_pretrained(folder)
+            model = _draw(family, shape, on_cpu)
+            # not by the model's own save_pretrained, which writes nothing on ranks other than 0: any may be the first
+            model.config.save_pretrained(folder)
+            save_file(model.state_dict(), folder / WEIGHTS, metadata={"format": "pt"})
 
     return make_once(context.run_path.parent / "cache" / f"{name}-{shape}-{key}", make)
 
