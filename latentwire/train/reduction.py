@@ -19,7 +19,6 @@ from latentwire.errors import WorkloadError
 from latentwire.train.exchange import ExactExchange, Exchange, PlainExchange, UnderWay
 from latentwire.train.ranks import Ranks
 
-_BUCKET_BYTES = 32 << 20
 _ALIGNED = 64
 """Every parameter begins at a multiple of so many numbers, so that kernels read all alike."""
 
@@ -35,10 +34,16 @@ class Reduction:
         num_micro_batches: M.
         exact: one order of additions for any number of ranks; else each rank adds up all of its own, and an
             all-reduce adds the ranks in an order of its own.
+        bucket_bytes: gradients that travel together.
     """
 
     def __init__(
-        self, parameters: Iterable[torch.nn.Parameter], ranks: Ranks, num_micro_batches: int, exact: bool = True
+        self,
+        parameters: Iterable[torch.nn.Parameter],
+        ranks: Ranks,
+        num_micro_batches: int,
+        exact: bool = True,
+        bucket_bytes: int = 32 << 20,
     ) -> None:
         self._ranks = ranks
         mine = schedule.micro_batches_of(ranks.rank, ranks.world_size, num_micro_batches)
@@ -49,7 +54,7 @@ class Reduction:
         is_longest = len(mine) == schedule.num_slots(ranks.world_size, num_micro_batches)
         self._overlaps = is_longest and ranks.world_size > 1
         exchange = ExactExchange(ranks, num_micro_batches) if exact else PlainExchange(ranks, mine)
-        self._buckets = [_Bucket(members, exchange) for members in _divide(list(parameters))]
+        self._buckets = [_Bucket(members, exchange) for members in _divide(list(parameters), bucket_bytes)]
         self._launched = 0
         self._fired: list[set[torch.nn.Parameter]] = []
         self._usual: list[set[torch.nn.Parameter]] = []
@@ -177,14 +182,14 @@ def _view(flat: Tensor, start: int, parameter: torch.nn.Parameter) -> Tensor:
     return flat[start : start + parameter.numel()].view(parameter.shape)
 
 
-def _divide(parameters: list[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
-    """Buckets of about ``_BUCKET_BYTES``, the last parameters first."""
+def _divide(parameters: list[torch.nn.Parameter], bucket_bytes: int) -> Iterator[list[torch.nn.Parameter]]:
+    """Buckets of about this size, the last parameters first."""
     bucket: list[torch.nn.Parameter] = []
     num_bytes = 0
     for parameter in reversed(parameters):
         bucket.append(parameter)
         num_bytes += 4 * parameter.numel()
-        if num_bytes >= _BUCKET_BYTES:
+        if num_bytes >= bucket_bytes:
             yield bucket
             bucket, num_bytes = [], 0
     if bucket:

@@ -1,4 +1,4 @@
-"""The 8B + 7B pair at full size in bf16, on other GPUs at every start: split, data-parallel, or on one; the same bits."""
+"""The 8B + 7B pair at full size, on other GPUs at every start: split, data-parallel, on one; always the same bits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from latentwire.checklist.drill import final_digests
 from latentwire.config import load_config
 from latentwire.monitor.gpu import list_gpus
 from latentwire.run.atomic import read_json
-from latentwire.run.directory import Run, create_run
+from latentwire.run.directory import Attempt, Run, create_run
 
 TOP = Path(__file__).parents[2]
 NUM_GPUS = len(list_gpus())
@@ -56,7 +56,7 @@ def test_other_gpus_at_every_start_change_no_bit(tmp_path: Path, compiled: bool)
     for number, layout in enumerate(LAYOUTS, start=1):
         run = run_of(tmp_path / "moved", layout, **options)
         with agent_of(run, visible(layout)) as agent:
-            wait_for(lambda: steps_of(agent.attempt)[-1:] >= [STEPS_AT_A_START * number], f"steps on {layout}")
+            wait_for_step(agent.attempt, STEPS_AT_A_START * number)
             agent.send(TERM)
             assert agent.outcome() == "preempted"
     run = run_of(tmp_path / "moved", LAYOUTS[1], **options)
@@ -68,5 +68,9 @@ def test_other_gpus_at_every_start_change_no_bit(tmp_path: Path, compiled: bool)
     assert final_digests(run) == final_digests(alone)
 
 
-def steps_of(attempt: Any) -> list[int]:
+def wait_for_step(attempt: Attempt, step: int) -> None:
+    wait_for(lambda: steps_of(attempt)[-1:] >= [step], f"step {step}")
+
+
+def steps_of(attempt: Attempt) -> list[int]:
     return [record["step"] for record in trained_steps(attempt)]
