@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 
 from latentwire.config import Config
-from latentwire.elastic.inventory import Inventory, cpu_model
+from latentwire.elastic.inventory import Device, Inventory, cpu_model
 from latentwire.elastic.planner import Placement
 from latentwire.monitor.gpu import list_gpus
 from latentwire.preemption.handler import EXIT_CODE, Notice, PreemptionHandler, blocked
@@ -225,7 +225,7 @@ def take_inventory() -> Inventory:
     packages = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
     cpuinfo = Path("/proc/cpuinfo")
     return Inventory(
-        gpus=tuple(gpu.name for gpu in list_gpus()),
+        gpus=tuple(Device(gpu.name, gpu.memory_bytes, gpu.is_mig) for gpu in list_gpus()),
         cpu_model=cpu_model(cpuinfo.read_text().splitlines() if cpuinfo.exists() else []),
         versions={package: metadata.version(package) for package in packages},
     )

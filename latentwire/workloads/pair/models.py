@@ -20,9 +20,9 @@ from latentwire.errors import WorkloadError
 from latentwire.workloads.base import BuildContext
 from latentwire.workloads.pair.data import pydoc_passages
 from latentwire.workloads.pair.digests import folder_digest, module_digest
+from latentwire.workloads.pair.families import FAMILIES, Family
 from latentwire.workloads.pair.folders import make_once
 from latentwire.workloads.pair.options import ModelOptions
-from latentwire.workloads.pair.shapes import FAMILIES, Family
 from latentwire.workloads.pair.tokenizer import DIALECTS, Script, make_script, train_tokenizer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

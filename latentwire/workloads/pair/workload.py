@@ -15,9 +15,9 @@ from torch.nn import functional
 from latentwire.errors import WorkloadError
 from latentwire.workloads.base import BuildContext, StepReport
 from latentwire.workloads.pair.data import Pair, PairData, load_pairs
+from latentwire.workloads.pair.families import FAMILIES
 from latentwire.workloads.pair.models import FrozenModel, load_frozen
 from latentwire.workloads.pair.options import Options
-from latentwire.workloads.pair.shapes import FAMILIES
 from latentwire.workloads.pair.tokenizer import Script
 from latentwire.workloads.pair.wire import PADDING, LatentWire
 
