@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable
 
 from latentwire import __version__
+from latentwire.elastic.footprint import footprint_of
 from latentwire.elastic.inventory import Inventory
 from latentwire.elastic.planner import plan
 from latentwire.errors import ConfigError, Fenced, RunBusy
@@ -140,7 +141,19 @@ class _Supervision:
     def _start_and_watch(self) -> Verdict:
         inventory, job = take_inventory(), self.allocation
         self._record_environment(inventory)
-        placement = plan(self.config, inventory.gpus, num_halvings(self.run), job.num_nodes, job.num_gpus)
+        found = read_json(
+            self.run.path / "micro_batch.json"
+        )  # by an earlier attempt's ranks, for train.micro_batch: auto
+        recorded = found if isinstance(found, dict) else {}
+        placement = plan(
+            self.config,
+            inventory,
+            footprint_of(self.config),
+            halvings=num_halvings(self.run, since=recorded.get("attempt", 0)),
+            num_nodes=job.num_nodes,
+            num_gpus=job.num_gpus,
+            micro_batch=recorded.get("micro_batch"),
+        )
         write_json(self.attempt.path / "placement.json", dataclasses.asdict(placement))
         self.journal.event("placed", devices=placement.devices, micro_batch=placement.micro_batch, why=placement.why)
         rendezvous = Rendezvous("127.0.0.1" if job.num_nodes == 1 else job.address(), _free_port())

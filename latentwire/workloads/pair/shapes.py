@@ -1,4 +1,4 @@
-"""The shapes of the two model families: the published ones, and tiny ones for machines without weights. Numbers only."""
+"""Numbers of the two model families: the published ones, and tiny ones for machines without weights."""
 
 from __future__ import annotations
 
