@@ -13,8 +13,8 @@ from latentwire.elastic.schedule import MAX_REPLICAS, num_slots
 from latentwire.errors import ConfigError
 
 EFFICIENCY = 0.5
-"""Of a data sheet's TFLOP/s, what a step gets. Measured on one H200 with the 8B + 7B shapes in bf16, 64 samples at once,
-128 positions: 61.9 samples/s, 490 TFLOP/s of 989."""
+"""Of a data sheet's TFLOP/s, what a step gets. On one H200 a plain loop with the 8B + 7B shapes in bf16, 64 samples of 129
+positions at once, made 61.9 samples/s: 490 TFLOP/s of 989."""
 
 MAX_GPUS_PER_REPLICA = 4
 _GUESSES = (8, 4, 2, 1)
@@ -49,12 +49,19 @@ class Job:
         return self.config.train.micro_batch == "auto" and self.micro_batch is None
 
     @property
-    def flops_per_s(self) -> tuple[float, ...] | None:
-        """Of each GPU, what a step gets of it; None: of some chip it is not known, or not in this precision."""
-        speeds = [gpu.flops_per_s for gpu in self.gpus]
-        if self.config.train.precision == "fp32" or None in speeds:
-            return None
-        return tuple(EFFICIENCY * speed for speed in speeds if speed is not None)
+    def flops_per_s(self) -> tuple[float, ...]:
+        """Of each GPU, what a step gets of it; where that is not known, as if all were alike."""
+        return tuple(1.0 if self.why_no_pace else EFFICIENCY * (gpu.flops_per_s or 0.0) for gpu in self.gpus)
+
+    @property
+    def why_no_pace(self) -> str | None:
+        """Why no samples per second can be expected; None: they can."""
+        unknown = sorted({gpu.name for gpu in self.gpus if gpu.flops_per_s is None})
+        if unknown:
+            return f"the speed of {', '.join(unknown)} is not known"
+        if self.config.train.precision == "fp32":
+            return "the speed in fp32 is not known"
+        return None if self.footprint is None or self.footprint.names_flops else "the footprint names no operations"
 
     @property
     def most_ranks(self) -> int:
@@ -80,7 +87,8 @@ class Candidate:
         pace: samples per second, or a figure in proportion to it where the chips are not known.
         samples_per_s: the same where they are known.
         peak_bytes: on each place of a replica; None: not known.
-        target_bytes: what may be filled there, of the smallest GPU that a rank has in this place.
+        smallest_gpus: of the GPUs that the ranks have in each place, one with the least memory.
+        target_bytes: what may be filled of it.
     """
 
     gpus: tuple[tuple[int, ...], ...]
@@ -93,6 +101,7 @@ class Candidate:
     pace: float = 0.0
     samples_per_s: float | None = None
     peak_bytes: tuple[int, ...] | None = None
+    smallest_gpus: tuple[int, ...] = ()
     target_bytes: tuple[int, ...] = ()
 
     @property
@@ -128,8 +137,8 @@ def candidates(job: Job) -> list[Candidate]:
     laid_out = [modules for size in _sizes(job) if (modules := footprints.lay_out(job.footprint, size)) is not None]
     if not laid_out:
         raise ConfigError(
-            f"elastic.gpus_per_replica is {job.config.elastic.gpus_per_replica}, and the workload's models have too few "
-            "layers to be cut so often: set less, or null for what is best"
+            f"elastic.gpus_per_replica is {job.config.elastic.gpus_per_replica}, and the workload's models have too "
+            "few layers to be cut so often: set less, or null for what is best"
         )
     choices = _micro_batches(job)
     found = []
@@ -255,19 +264,18 @@ def _weigh(
 ) -> Candidate:
     """The largest micro-batch that fits, without checkpointing if any fits so; else the closest that there is."""
     assert job.footprint is not None
-    memory = [min(job.gpus[gpu].memory_bytes for gpu in place) for place in zip(*gpus, strict=True)]
-    targets = tuple(round(job.config.elastic.memory_target * each) for each in memory)
+    smallest = tuple(min(each, key=lambda gpu: job.gpus[gpu].memory_bytes) for each in zip(*gpus, strict=True))
+    targets = tuple(round(job.config.elastic.memory_target * job.gpus[gpu].memory_bytes) for gpu in smallest)
     found = _largest(job, modules, targets, choices)
     micro_batch, checkpointing = found or (choices[-1], _checkpointings(job)[-1])
     train = job.config.train
-    known = job.flops_per_s
-    speeds = known or (1.0,) * len(job.gpus)
+    speeds = job.flops_per_s
     seconds = max(
         footprints.seconds_per_sample(job.footprint, modules, checkpointing, [speeds[gpu] for gpu in replica])
         for replica in gpus
     )
     num_micro_batches = train.global_batch // micro_batch
-    pace = train.global_batch / (num_slots(len(gpus), num_micro_batches) * micro_batch * seconds)
+    pace = train.global_batch / (num_slots(len(gpus), num_micro_batches) * micro_batch * (seconds or 1.0))
     return Candidate(
         gpus,
         nodes,
@@ -277,8 +285,9 @@ def _weigh(
         checkpointing,
         _precision(job, [gpu for replica in gpus for gpu in replica]),
         pace,
-        pace if known else None,
+        None if job.why_no_pace else pace,
         footprints.predict(job.footprint, modules, micro_batch, checkpointing),
+        smallest,
         targets,
     )
 

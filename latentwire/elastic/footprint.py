@@ -19,7 +19,7 @@ CONTEXT_BYTES = round(1.0 * GB)
 estimate: 0.5 GB of context on an H100 or H200, as nvidia-smi shows it, and as much again for the rest."""
 
 ALLOCATOR_SLACK = 0.06
-"""Of activations: what PyTorch's caching allocator holds and cannot use, as its blocks are of other sizes. An estimate."""
+"""Of activations: what PyTorch's allocator holds and cannot use, as its blocks are of other sizes. An estimate."""
 
 Modules = Mapping[str, tuple[int, ...]]
 """By the name of a frozen module the places, counted from 0 within a replica, that it is laid over, in order."""
@@ -102,6 +102,11 @@ class Footprint:
     notes: tuple[str, ...] = ()
     activation_scale: float = 1.0
     more_bytes: int = 0
+
+    @property
+    def names_flops(self) -> bool:
+        """Whether a pace can be worked out."""
+        return bool(self.trained.flops or any(module.layer_forward_flops for module in self.modules))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -124,7 +124,7 @@ def parse_gpus(text: str) -> tuple[Device, ...]:
         return ()
     devices: list[Device] = []
     for part in text.split("+"):
-        found = re.fullmatch(r"(?:([1-9]\d?)x)?(\w[\w .-]*?)-(\d+(?:\.\d+)?)GB", part.strip(), re.IGNORECASE)
+        found = re.fullmatch(r"(?:([1-9]\d?)x)?([A-Z][\w .-]*?)-(\d+(?:\.\d+)?)GB", part.strip(), re.IGNORECASE)
         if found is None or float(found[3]) == 0:
             raise ConfigError(
                 f"GPUs {text!r}: {part.strip()!r} is not of the form 4xH100-80GB (how many, the chip, its memory); "

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Literal
 
 from latentwire.elastic.candidates import Candidate, Job, candidates
 from latentwire.elastic.inventory import GB
 from latentwire.elastic.schedule import MAX_REPLICAS
 from latentwire.errors import ConfigError
+
+_NO_GAIN = "no faster, with more GPUs"
+_HIGHEST_TARGET = 0.85
+"""That the config allows."""
 
 
 def layout(candidate: Candidate) -> str:
@@ -30,47 +35,56 @@ def in_gb(num_bytes: int) -> str:
     return f"{num_bytes / GB:.1f} GB"
 
 
-def missing(candidate: Candidate) -> str:
-    """Where most is missing of what a candidate that does not fit needs."""
-    place = max(range(len(candidate.missing_bytes)), key=lambda p: candidate.missing_bytes[p])
-    return f"{in_gb(candidate.missing_bytes[place])} too much on GPU {candidate.gpus[0][place]}"
-
-
-def why_not(candidate: Candidate, chosen: Candidate) -> str:
-    """Why a candidate was not chosen."""
-    if not candidate.fits:
-        return missing(candidate)
-    slower = chosen.pace / candidate.pace
-    return f"{slower:.2f} times slower" if slower > 1.005 else "no faster, and more GPUs"
+def why_not(candidate: Candidate, chosen: Candidate | None) -> str:
+    """Why a candidate was not chosen; None: none was."""
+    if not candidate.fits or chosen is None:
+        place = _worst_place(candidate)
+        return f"{in_gb(candidate.missing_bytes[place])} too much on GPU {candidate.smallest_gpus[place]}"
+    return f"{chosen.pace / candidate.pace:.2f} times slower" if _is_slower(candidate, chosen) else _NO_GAIN
 
 
 def why(job: Job, chosen: Candidate, others: Sequence[Candidate]) -> str:
     """Why this one and none of the others."""
-    sentences = [_what(job, chosen), *_expected(job, chosen)]
-    if others:
-        sentences.append("not " + "; not ".join(f"{layout(each)}: {why_not(each, chosen)}" for each in others))
+    clauses = [_what(job, chosen), *_expected(job, chosen)]
+    fitting = [each for each in others if each.fits]
+    slower = [each for each in fitting if _is_slower(each, chosen)]
+    for kind, named in (
+        ("slower", [f"{layout(each)} ({chosen.pace / each.pace:.2f} times)" for each in slower]),
+        (_NO_GAIN, [layout(each) for each in fitting if each not in slower]),
+        ("does not fit", [f"{layout(each)} ({why_not(each, chosen)})" for each in others if not each.fits]),
+    ):
+        if named:
+            clauses.append(f"{kind}: {' / '.join(named)}")
     if job.footprint is not None:
-        sentences += job.footprint.notes
+        clauses += job.footprint.notes
     if job.halvings:
-        sentences.append(
+        clauses.append(
             f"micro-batch halved {job.halvings} times after running out of memory, so bits may differ from there on"
         )
-    return ". ".join(sentences)
+    return "; ".join(clauses)
 
 
 def nothing_fits(job: Job, tried: Sequence[Candidate]) -> str:
     """How much is missing where, in the candidate that comes closest, and what would cure it."""
     closest = min(tried, key=lambda c: max(c.missing_bytes))
-    missing_bytes, target_bytes = closest.missing_bytes, closest.target_bytes
-    assert closest.peak_bytes is not None
-    place = max(range(len(missing_bytes)), key=lambda p: missing_bytes[p])
-    gpu = job.gpus[closest.gpus[0][place]]
+    place = _worst_place(closest)
+    number, target = closest.smallest_gpus[place], closest.target_bytes[place]
+    missing, gpu = closest.missing_bytes[place], job.gpus[number]
+    checkpointing = "with" if closest.gradient_checkpointing else "without"
     return (
-        f"the workload does not fit: closest is {layout(closest)} with a micro-batch of {closest.micro_batch}, which "
-        f"needs {in_gb(closest.peak_bytes[place])} on GPU {closest.gpus[0][place]} ({gpu.name}), where elastic."
-        f"memory_target lets {in_gb(target_bytes[place])} of {in_gb(gpu.memory_bytes)} be filled: "
-        f"{in_gb(missing_bytes[place])} are missing. {_cures(job)}"
+        f"the workload does not fit: closest is {layout(closest)} with a micro-batch of {closest.micro_batch} "
+        f"{checkpointing} gradient checkpointing, which needs {in_gb(target + missing)} on GPU {number} ({gpu.name}). "
+        f"elastic.memory_target lets {in_gb(target)} of its {in_gb(gpu.memory_bytes)} be filled: {in_gb(missing)} are "
+        f"missing. {_cures(job)}"
     )
+
+
+def _worst_place(candidate: Candidate) -> int:
+    return candidate.missing_bytes.index(max(candidate.missing_bytes))
+
+
+def _is_slower(candidate: Candidate, chosen: Candidate) -> bool:
+    return chosen.pace / candidate.pace > 1.005
 
 
 def _what(job: Job, chosen: Candidate) -> str:
@@ -92,49 +106,47 @@ def _what(job: Job, chosen: Candidate) -> str:
 def _expected(job: Job, chosen: Candidate) -> list[str]:
     if chosen.peak_bytes is None:
         return ["the workload gives no footprint, so nothing is expected"] if job.gpus else []
-    fullest = max(range(len(chosen.peak_bytes)), key=lambda p: chosen.peak_bytes[p] / chosen.target_bytes[p])
-    peak, target = chosen.peak_bytes[fullest], chosen.target_bytes[fullest]
+    of_places = zip(chosen.peak_bytes, chosen.target_bytes, strict=True)
+    peak, target = max(of_places, key=lambda each: each[0] / each[1])
     memory = f"at most {in_gb(peak)} of the {in_gb(target)} that may be filled"
     if chosen.samples_per_s is not None:
-        return [f"expected: {chosen.samples_per_s:.3g} samples/s, {memory}"]
-    unknown = sorted({gpu.name for gpu in job.gpus if gpu.flops_per_s is None})
-    reason = f"the speed of {', '.join(unknown)} is not known" if unknown else "the speed in fp32 is not known"
-    return [f"expected: {memory}; {reason}, so no samples/s"]
+        return [f"expected {chosen.samples_per_s:.3g} samples/s, {memory}"]
+    return [f"expected {memory}", f"no samples/s, as {job.why_no_pace}"]
 
 
 def _cures(job: Job) -> str:
-    train, elastic = job.config.train, job.config.elastic
     cures = []
-    if train.gradient_checkpointing is False:
-        section = train.model_copy(update={"gradient_checkpointing": "auto"})
-        if _fits(dataclasses.replace(job, config=job.config.model_copy(update={"train": section}))):
-            cures.append("train.gradient_checkpointing: auto")
-    smaller = _smaller_micro_batch(job)
-    if smaller is not None:
-        cures.append(f"train.micro_batch: {smaller}")
+    for section, key, value in (
+        ("train", "gradient_checkpointing", "auto"),
+        ("train", "micro_batch", _smaller_micro_batch(job)),
+        ("elastic", "num_ranks", None),
+        ("elastic", "gpus_per_replica", None),
+        ("elastic", "memory_target", _HIGHEST_TARGET),
+    ):
+        changed = _with(job, section, key, value)
+        if changed != job and _fits(changed):
+            cures.append(f"{section}.{key}: {'null' if value is None else value}")
     more = next((n for n in range(len(job.gpus) + 1, MAX_REPLICAS + 1) if _fits(_with_gpus(job, n))), None)
     if more is not None and not job.gpus[0].is_mig:
         cures.append(f"{more} such GPUs")
-    if elastic.num_ranks is not None or elastic.gpus_per_replica is not None:
-        cures.append("elastic.num_ranks and elastic.gpus_per_replica: null")
     if not cures:
-        return "Use larger GPUs, or lower what a sample takes" + (
-            f", or raise elastic.memory_target ({elastic.memory_target:g})" if elastic.memory_target < 0.85 else ""
-        )
-    return f"Any of these helps: {', '.join(cures)}"
+        return "Use larger GPUs, or shorter samples"
+    return f"What helps: {', or '.join(cures)}"
 
 
-def _smaller_micro_batch(job: Job) -> int | None:
-    """The largest that would fit; None where none would, or the planner has been free to choose it."""
+def _smaller_micro_batch(job: Job) -> int | Literal["auto"]:
+    """The largest that would fit; what it is where none would, or where the planner was free to choose."""
     train = job.config.train
     if train.micro_batch == "auto" or job.halvings:
-        return None
-    for divisor in range(train.micro_batch - 1, 0, -1):
-        if train.global_batch % divisor == 0:
-            section = train.model_copy(update={"micro_batch": divisor})
-            if _fits(dataclasses.replace(job, config=job.config.model_copy(update={"train": section}))):
-                return divisor
-    return None
+        return train.micro_batch
+    smaller = [d for d in range(train.micro_batch - 1, 0, -1) if train.global_batch % d == 0]
+    return next((d for d in smaller if _fits(_with(job, "train", "micro_batch", d))), train.micro_batch)
+
+
+def _with(job: Job, section: str, key: str, value: object) -> Job:
+    """The job with another value in its config."""
+    changed = getattr(job.config, section).model_copy(update={key: value})
+    return dataclasses.replace(job, config=job.config.model_copy(update={section: changed}))
 
 
 def _with_gpus(job: Job, num_gpus: int) -> Job:

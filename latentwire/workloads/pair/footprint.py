@@ -20,7 +20,7 @@ LOGITS_AT_ONCE = 1024
 """Rows of logits; the loss is computed in chunks of so many."""
 
 LOGIT_FLOAT_BYTES = 8
-"""Of each logit beside its own bytes: the float32 copy and the float32 gradient, or log-softmax, of the cross-entropy."""
+"""Of each logit beside its own bytes: the float32 copy, and the cross-entropy's log-softmax or its gradient."""
 
 TEMPLATE_TOKENS = 40
 """Head and tail together with a chat template. Llama 3.1's has 35, Qwen2.5's 29: what an empty message costs there."""
