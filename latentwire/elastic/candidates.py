@@ -13,8 +13,8 @@ from latentwire.elastic.schedule import MAX_REPLICAS, num_slots
 from latentwire.errors import ConfigError
 
 EFFICIENCY = 0.5
-"""Of a data sheet's TFLOP/s, what a step gets. On one H200 a plain loop with the 8B + 7B shapes in bf16, 64 samples of 129
-positions at once, made 61.9 samples/s: 490 TFLOP/s of 989."""
+"""Of a data sheet's TFLOP/s, what a step gets. On one H200 a plain loop with the 8B + 7B shapes in bf16, 64 samples of
+129 positions at once, made 61.9 samples/s: 490 TFLOP/s of 989."""
 
 MAX_GPUS_PER_REPLICA = 4
 _GUESSES = (8, 4, 2, 1)
