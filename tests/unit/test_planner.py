@@ -297,7 +297,7 @@ def test_the_number_format_is_that_of_the_chip(gpu: str, precision: str) -> None
             "1xH200-141GB",
             {},
             32,
-        ),  # 31 GB of weights, 2 GB a sample, 105 GB may be filled: 34, and 64 has the divisor 32
+        ),
         ("1xH100-80GB", {}, 8),
         ("4xH200-141GB", {}, 16),  # four ranks
         ("1xH200-141GB", {"scheduler": {"gpus": [4, 2, 1]}}, 16),  # four ranks in the largest job

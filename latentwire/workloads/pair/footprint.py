@@ -219,8 +219,9 @@ def _wire_kept_bytes(wire: WireOptions, length: int, widths: Mapping[str, int], 
     # queries; attention's output; the MLP's hidden state before and after GELU.
     inside = 2 * 4 + number_bytes * (1 + 1 + 1 + 1 + 4 + 4) + dropped
     kept = inside * (readers + own)
-    # Keys and values, and their input: of every block, but a block that crosses has those of all bytes.
-    kept += number_bytes * (1 + 2) * (readers + wire.latent_layers * length)
+    # Keys and values, of all bytes in a block that crosses; and what they are made from, cast anew for each block.
+    pairs = readers + wire.latent_layers * length
+    kept += number_bytes * (2 * pairs + (pairs if number_bytes < 4 else length))
     outside = 4 * (length + wire.latent_len) + number_bytes * wire.latent_len
     adapters = sum(
         wire.latent_len * (4 * wire.d_z + number_bytes * (1 + 2 + 2) * wire.d_z + 2 * 4 * hidden)
