@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from latentwire.cli.starting import ConfigArgument, OverridesArgument
-from latentwire.cli.text import NOTHING, figure, one_line, visible
+from latentwire.cli.text import NOTHING, coloured, columns, figure, visible
 
 if TYPE_CHECKING:
     from latentwire.elastic.candidates import Candidate
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 _COLUMNS = (
     "", "GPUs", "layout", "micro-batch", "checkpointing", "peak per GPU", "samples/s", "why not",
 )  # fmt: skip
-_WIDTH = 160
-"""Of the table where there is no terminal."""
 
 
 def plan(
@@ -92,25 +90,17 @@ def _print_json(weighed: Weighed) -> None:
 
 
 def _print_table(weighed: Weighed) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH)
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in _COLUMNS:
-        table.add_column(name, no_wrap=name != "why not")
-    for each in weighed.candidates:
-        table.add_row(*_row(weighed, each), style="green" if each is weighed.chosen else "")
-    console.print(table, highlight=False, markup=False)
+    lines = columns([_COLUMNS, *(_row(weighed, each) for each in weighed.candidates)])
+    for line, each in zip(lines, (None, *weighed.candidates), strict=True):
+        is_chosen = each is not None and each is weighed.chosen
+        print(f"\x1b[32m{line}\x1b[0m" if is_chosen and coloured() else line)
 
 
 def _row(weighed: Weighed, each: Candidate) -> list[str]:
     from latentwire.elastic import words
 
     is_chosen = each is weighed.chosen
-    cells = [
+    return [
         ">" if is_chosen else "",
         str(each.num_gpus) if weighed.job.gpus else "CPU",
         words.layout(each),
@@ -120,7 +110,6 @@ def _row(weighed: Weighed, each: Candidate) -> list[str]:
         figure(round(each.samples_per_s, 1) if each.samples_per_s is not None and each.fits else None),
         "" if is_chosen else words.why_not(each, weighed.chosen),
     ]
-    return [one_line(cell) for cell in cells]
 
 
 def _peaks(weighed: Weighed, each: Candidate) -> str:

@@ -293,11 +293,7 @@ def test_the_number_format_is_that_of_the_chip(gpu: str, precision: str) -> None
 @pytest.mark.parametrize(
     ("gpus", "sections", "micro_batch"),
     [
-        (
-            "1xH200-141GB",
-            {},
-            32,
-        ),
+        ("1xH200-141GB", {}, 32),  # 32 GB stand, a sample takes 2.1 GB, 105 GB may be filled
         ("1xH100-80GB", {}, 8),
         ("4xH200-141GB", {}, 16),  # four ranks
         ("1xH200-141GB", {"scheduler": {"gpus": [4, 2, 1]}}, 16),  # four ranks in the largest job
