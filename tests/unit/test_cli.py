@@ -24,18 +24,18 @@ def test_version(home: Path) -> None:
 
 def test_help_names_every_command(home: Path) -> None:
     text = printed(home, "--help")
-    for command in (
+    for command in [
         "status",
         "logs",
         "events",
+        "plan",
         "config",
         "checkpoints",
         "preempt",
         "cancel",
         "drill",
         "checklist",
-        "plan",
-    ):
+    ]:
         assert f"\n  {command} " in text
 
 
