@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from running import events, make_run, run_agent, trained_steps
+from running import make_run, run_agent, trained_steps
 
 from latentwire.checkpoint import reader
 from latentwire.run.directory import Run
@@ -40,7 +40,7 @@ def test_a_micro_batch_that_was_found_before_is_kept(tmp_path: Path) -> None:
     (attempt,) = run.attempts()
     placement = json.loads((attempt.path / "placement.json").read_text())
     assert (placement["micro_batch"], placement["num_micro_batches"], placement["probe"]) == (4, 4, False)
-    (placed,) = events(attempt, "placed")
+    (placed,) = [event for event in attempt.events() if event["event"] == "placed"]
     assert (placed["micro_batch"], placed["why"]) == (4, placement["why"])
 
 

@@ -44,6 +44,7 @@ def test_help_names_every_command(home: Path) -> None:
     [
         ("status", "--json --runs-dir"),
         ("checkpoints", "ls verify inspect diff export prune"),
+        ("plan", "--gpus --nodes --json"),
         ("drill", "--json --keep"),
         ("checklist run", "--only --write"),
     ],
