@@ -24,18 +24,8 @@ def test_version(home: Path) -> None:
 
 def test_help_names_every_command(home: Path) -> None:
     text = printed(home, "--help")
-    for command in [
-        "status",
-        "logs",
-        "events",
-        "plan",
-        "config",
-        "checkpoints",
-        "preempt",
-        "cancel",
-        "drill",
-        "checklist",
-    ]:
+    commands = "status logs events plan config checkpoints preempt cancel drill checklist"
+    for command in commands.split():
         assert f"\n  {command} " in text
 
 
