@@ -142,7 +142,7 @@ class CheckpointSection(Section):
     """A tensor file grows to about this size before the next is begun."""
     threads: Positive = 8
     """Files that are hashed and written side by side."""
-    overlap: bool = False
+    overlap: bool = True
     """On a GPU, copy what only ``optimizer.step()`` changes while the next forward and backward pass run."""
     host_memory_gb: Annotated[float, Field(gt=0)] | None = None
     """A state larger than this is not copied first but streamed to the disk while training waits. None: half of the

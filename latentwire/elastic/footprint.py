@@ -164,7 +164,7 @@ def footprint_of(config: Config) -> Footprint | None:
 
 def cut(num_layers: int, num_places: int) -> tuple[range, ...]:
     """The layers that each of a module's places has: equally many, to within one. For whoever loads the module."""
-    bounds = [num_layers * place // num_places for place in range(num_places + 1)]
+    bounds = [-(-num_layers * place // num_places) for place in range(num_places + 1)]
     return tuple(range(a, b) for a, b in itertools.pairwise(bounds))
 
 

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from latentwire.config import ScheduleSection
-from latentwire.elastic import schedule
 from latentwire.elastic.planner import Placement
 from latentwire.errors import TrainingDiverged, WorkloadError
 from latentwire.train import randomness
-from latentwire.train.data import Address
-from latentwire.train.order import SampleOrder, derive_seed
+from latentwire.train.order import derive_seed
 from latentwire.train.precision import compute_dtype
-from latentwire.train.reduction import OrderedReduction
 from latentwire.train.session import Session
 from latentwire.workloads.base import BuildContext, StepReport, Workload
 
@@ -41,12 +37,7 @@ class Training:
         config = session.config.train
         self.session, self.workload, self.config = session, workload, config
         self.device = torch.device(placement.devices[session.ranks.rank][0])
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)  # else whatever names no device opens a context on the first GPU
         self.micro_batch = placement.micro_batch
-        self.num_micro_batches = placement.num_micro_batches
-        self.mine = schedule.micro_batches_of(session.ranks.rank, session.ranks.world_size, self.num_micro_batches)
-        self.num_slots = schedule.num_slots(session.ranks.world_size, self.num_micro_batches)
         dtype = compute_dtype(config.precision, self.device)
         started = time.monotonic()
         workload.build(
@@ -73,7 +64,6 @@ class Training:
         )
         if not len(workload.train_data):
             raise WorkloadError(f"{session.config.workload.target} has no training data")
-        self.order = SampleOrder(session.config.seed, len(workload.train_data))
         self._prepare(dtype)
 
     def _prepare(self, dtype: torch.dtype) -> None:
@@ -81,7 +71,12 @@ class Training:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         settings = self.config.optimizer
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
+            self.parameters,
+            lr=settings.lr,
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            fused=settings.fused,
         )
         self.scheduler = LambdaLR(self.optimizer, lr_factor(self.config.schedule, self.config.steps))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
@@ -90,43 +85,32 @@ class Training:
         if self.config.ema_decay is not None:
             self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(self.config.ema_decay))
             self.session.track(ema=self.ema)
-        self.reduction = OrderedReduction(self.parameters, self.session.ranks, self.num_micro_batches)
+        self.share = self.session.share(
+            self.parameters,
+            self.workload.train_data,
+            global_batch=self.config.global_batch,
+            micro_batch=self.micro_batch,
+            collate=self.workload.collate,
+        )
 
     def run(self) -> None:
         """Resume and train to the last step."""
         session = self.session
-        start = session.restore()
+        session.restore()
         self._warm_up()
         self.workload.trainable.train()
-        batches = session.fetch(self.workload.train_data, self._addresses(start), self.workload.collate)
         evaluate = self._evaluate if len(self.workload.eval_data) else None
         for step in session.steps(self.config.steps, evaluate, self.config.eval_every):
-            reports = self._forward_backward(step, batches)
+            reports = {}
+            for batch in self.share:
+                reports[self.share.index] = self.workload.step(batch, self._backward)
+            self.share.reduce()
             self._update(step, self._gather(reports))
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
-    def _forward_backward(self, step: int, batches: Iterator[Any]) -> dict[int, StepReport]:
-        """All micro-batches of this rank; leaves the whole batch's gradient in ``.grad``."""
-        reports = {}
-        for slot in range(self.num_slots):
-            self.session.safe_point()  # every rank passes as many, also one with fewer micro-batches
-            if slot >= len(self.mine):
-                continue
-            index = self.mine[slot]
-            with self.session.clock("data"):
-                batch = next(batches)
-            randomness.seed_everything(derive_seed(self.session.config.seed, "step", step, index))
-            with self.session.clock("forward_backward"):
-                reports[index] = self.workload.step(batch, self._backward)
-            self.reduction.after_micro_batch(index)
-        randomness.seed_everything(derive_seed(self.session.config.seed, "boundary", step))  # the same on every rank
-        with self.session.clock("reduction"):
-            self.reduction.finish()
-        return reports
-
     def _backward(self, loss: torch.Tensor) -> None:
-        self.scaler.scale(loss / self.num_micro_batches).backward()
+        self.share.backward(self.scaler.scale(loss))
 
     def _update(self, step: int, losses: dict[str, float]) -> None:
         """Clip, step the optimizer, or skip a bad step; then write the figures down."""
@@ -171,13 +155,12 @@ class Training:
         first = next(iter(reports.values()), None)
         names = ["loss", *sorted(set(first.losses) - {"loss"})] if first is not None else ["loss"]
         width = int(self.session.ranks.highest([float(len(names))])[0])
-        table = torch.zeros(self.num_micro_batches, width + 2, dtype=torch.float64)
+        table = torch.zeros(self.share.num_micro_batches, width + 2, dtype=torch.float64)
         for index, report in reports.items():
             figures = [*(float(report.losses[name]) for name in names), report.num_samples, report.num_tokens]
             table[index] = torch.tensor(figures, dtype=torch.float64)
         self.session.ranks.total(table)
         self._samples, self._tokens = (int(total) for total in table[:, width:].sum(dim=0))
-        self.session.counters["samples"] += self._samples
         self.session.counters["tokens"] += self._tokens
         return dict(zip(names, table[:, :width].mean(dim=0).tolist(), strict=False))
 
@@ -193,13 +176,6 @@ class Training:
 
     # --- data, warm-up, evaluation ------------------------------------------------------------------------------------
 
-    def _addresses(self, start: int) -> Iterator[list[Address]]:
-        """The samples of this rank's micro-batches, from the first step that is to be done."""
-        for step in range(start, self.config.steps):
-            for index in self.mine:
-                first = (step * self.num_micro_batches + index) * self.micro_batch
-                yield [self.order.address(first + i) for i in range(self.micro_batch)]
-
     def _warm_up(self) -> None:
         """Forward and backward on the first samples: finds out-of-memory, times a step, changes nothing."""
         if not self.config.warmup_batches:
@@ -208,15 +184,16 @@ class Training:
         started = time.monotonic()
         model = self.workload.trainable
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        addresses = [[self.order.address(i) for i in range(self.micro_batch)]] * self.config.warmup_batches
+        addresses = [[self.share.order.address(i) for i in range(self.micro_batch)]] * self.config.warmup_batches
         model.train()
         with randomness.isolated(derive_seed(self.session.config.seed, "warmup")):
             for batch in self.session.fetch(self.workload.train_data, iter(addresses), self.workload.collate):
                 self.session.safe_point()
                 step_started = time.monotonic()
-                self.workload.step(batch, self._backward)
+                with self.share.rehearsal():
+                    self.workload.step(batch, self._backward)
                 self.optimizer.zero_grad(set_to_none=True)
-                self.session.step_pace.add((time.monotonic() - step_started) * self.num_slots)
+                self.session.step_pace.add((time.monotonic() - step_started) * self.share.num_slots)
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
         self.session.safe_point()

@@ -1,4 +1,8 @@
-"""The ranks of an attempt and how they agree: over gloo on the CPU, apart from any traffic of the GPUs."""
+"""The ranks of an attempt: how they agree, and how their gradients travel.
+
+They agree over gloo on the CPU. Gradients have a group of their own, NCCL's between GPUs: so what a backward pass has
+sent off never stands in the way of a safe point.
+"""
 
 from __future__ import annotations
 
@@ -7,38 +11,52 @@ import dataclasses
 import datetime
 import os
 from collections.abc import Iterator
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 
 MEET_WITHIN = datetime.timedelta(minutes=10)
 """From the first rank to the last; torch may take minutes to come from a network file system."""
-TIMEOUT = datetime.timedelta(minutes=30)
+
+Work: TypeAlias = Any
+"""What torch.distributed returns of a collective that goes on by itself."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
-    """This process among the ranks. With one rank every call returns at once."""
+    """This process among the ranks. With one rank every call returns at once.
+
+    Attributes:
+        gradients: the process group of ``all_to_all``, ``all_gather`` and ``all_reduce``, which only begin.
+    """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    gradients: Any = None
 
     @classmethod
-    def connect(cls) -> Ranks:
+    def connect(cls, device: torch.device, timeout_s: float) -> Ranks:
         """Join the others as RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT say. Blocks until all came.
+
+        Args:
+            device: where this rank computes, and on a GPU the one that no other rank has.
+            timeout_s: so long a collective waits for a rank.
 
         Raises:
             ConnectionError: they did not meet; so do all collectives where a rank is lost.
         """
-        ranks = cls(*(int(os.environ.get(key, d)) for key, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))
-        rank, size = ranks.rank, ranks.world_size
-        if size > 1:
-            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            with _lost_ranks_are_a_network_failure():
-                store = dist.TCPStore(address, port, size, rank == 0, timeout=MEET_WITHIN)  # type: ignore[attr-defined]
-                dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
-        return ranks
+        rank, size, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        if size == 1:
+            return cls(rank, size, local)
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        timeout = datetime.timedelta(seconds=timeout_s)
+        with _lost_ranks_are_a_network_failure():
+            store = dist.TCPStore(address, port, size, rank == 0, timeout=MEET_WITHIN)  # type: ignore[attr-defined]
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+            gradients = dist.new_group(backend="nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        return cls(rank, size, local, gradients)
 
     def disconnect(self) -> None:
         """Leave the group. Not collective."""
@@ -61,11 +79,29 @@ class Ranks:
                 dist.all_reduce(values, op=dist.ReduceOp.SUM)
         return values
 
-    def broadcast(self, tensor: torch.Tensor, source: int) -> None:
-        """Overwrite the tensor with the source rank's. Collective."""
-        if self.world_size > 1:
-            with _lost_ranks_are_a_network_failure():
-                dist.broadcast(tensor, src=source)
+    # --- gradients ----------------------------------------------------------------------------------------------------
+
+    def all_to_all(self, received: torch.Tensor, sent: torch.Tensor, from_each: list[int], to_each: list[int]) -> Work:
+        """Begin to send so many rows of ``sent`` to each rank and to receive so many from each. Collective."""
+        with _lost_ranks_are_a_network_failure():
+            return dist.all_to_all_single(received, sent, from_each, to_each, group=self.gradients, async_op=True)
+
+    def all_gather(self, gathered: torch.Tensor, mine: torch.Tensor) -> Work:
+        """Begin to set all ranks' parts side by side. Collective."""
+        with _lost_ranks_are_a_network_failure():
+            return dist.all_gather(list(gathered.chunk(self.world_size)), mine, group=self.gradients, async_op=True)
+
+    def all_reduce(self, tensor: torch.Tensor) -> Work | None:
+        """Begin to add up all ranks' tensors in place. Collective."""
+        if self.world_size == 1:
+            return None
+        with _lost_ranks_are_a_network_failure():
+            return dist.all_reduce(tensor, group=self.gradients, async_op=True)
+
+    def wait(self, work: Work) -> None:
+        """Until it is done; between GPUs the stream waits and the host goes on."""
+        with _lost_ranks_are_a_network_failure():
+            work.wait()
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -50,6 +50,7 @@ from latentwire.train.order import SampleOrder, derive_seed
 from latentwire.train.outlook import Outlook
 from latentwire.train.ranks import Ranks
 from latentwire.train.saving import REASONS, Saving
+from latentwire.train.share import Share
 from latentwire.train.state import Stateful, TrainingState
 
 _LAST_SAVE_TRIES = 20
@@ -114,6 +115,7 @@ class Session:
         self._journal = Journal(attempt.path / f"events.rank{ranks.rank}.jsonl")
         self._metrics = Journal(attempt.path / "metrics.jsonl") if ranks.rank == 0 else None
         self._saving: Saving | None = None
+        self._shares: list[Share] = []
         self._outlook = Outlook(attempt, config, self.event)
         self._in_step = False
         self._told_notice = False
@@ -187,9 +189,7 @@ class Session:
         evaluate: Callable[[], Mapping[str, float]] | None = None,
         evaluate_every: int | None = None,
     ) -> Iterator[Any]:
-        """One batch for each step that is still to be done, in the run's own order; see ``steps``.
-
-        With several ranks each gets its share of the batch, in order of rank.
+        """One batch for each step that is still to be done, in the run's own order; see ``steps``. For one rank.
 
         Args:
             data: map-style data set.
@@ -198,21 +198,57 @@ class Session:
             collate: samples -> batch; None: torch's default.
             evaluate: see ``steps``.
             evaluate_every: see ``steps``.
+
+        Raises:
+            RunError: there are several ranks, which would each train on their own.
         """
+        if self.ranks.world_size > 1:
+            raise RunError("batches() is for one rank: use share(), which sums gradients up over all of them")
         if self._saving is None:
             self.restore()
         order = SampleOrder(self.config.seed, len(data))
-        first, last = (batch_size * r // self.ranks.world_size for r in (self.ranks.rank, self.ranks.rank + 1))
         addresses = (
-            [order.address(step * batch_size + i) for i in range(first, last)] for step in range(self.step, steps)
+            [order.address(step * batch_size + i) for i in range(batch_size)] for step in range(self.step, steps)
         )
         batches = self.fetch(data, addresses, collate)
         for step in self.steps(steps, evaluate, evaluate_every):
             with self.clock("data"):
                 batch = next(batches)
-            randomness.seed_everything(derive_seed(self.config.seed, "step", step, self.ranks.rank))
+            randomness.seed_everything(derive_seed(self.config.seed, "step", step, 0))
             yield batch
             self.counters["samples"] += batch_size
+
+    def share(
+        self,
+        parameters: Iterable[torch.nn.Parameter],
+        data: Sequence[Any],
+        *,
+        global_batch: int,
+        micro_batch: int,
+        collate: Callable[[list[Any]], Any] | None = None,
+    ) -> Share:
+        """This rank's part of each step, for a loop that gives the same bits on any number of GPUs; see ``Share``.
+
+        ::
+
+            share = session.share(model.parameters(), data, global_batch=64, micro_batch=8)
+            for step in session.steps(1000):
+                for batch in share:
+                    share.backward(loss_of(model, batch))
+                share.reduce()
+                optimizer.step()
+                optimizer.zero_grad()
+
+        Args:
+            parameters: the trained ones, on one device.
+            data: map-style data set.
+            global_batch: samples of one step over all ranks.
+            micro_batch: samples of one forward pass; divides the global batch. Bits depend on it.
+            collate: samples -> batch; None: torch's default.
+        """
+        share = Share(self, parameters, data, global_batch, micro_batch, collate)
+        self._shares.append(share)
+        return share
 
     def fetch(
         self,
@@ -244,14 +280,18 @@ class Session:
         if self._saving is None:
             self.restore()
         self.event("training_started", step=self.step, total_steps=total)
-        while True:
-            self._evaluate_if_due(total, evaluate, evaluate_every)
-            self._act_at_boundary(last=self.step >= total)
-            if self.step >= total:
-                break
-            self._begin_step()
-            yield self.step
-            self._end_step()
+        try:
+            while True:
+                self._evaluate_if_due(total, evaluate, evaluate_every)
+                self._act_at_boundary(last=self.step >= total)
+                if self.step >= total:
+                    break
+                self._begin_step()
+                yield self.step
+                self._end_step()
+        finally:
+            for share in self._shares:
+                share.close()
         self._save_the_end()
         sha256 = self.saving.manager.group_sha256("model") if self.ranks.rank == 0 else None
         self.event("training_finished", step=self.step, weights_sha256=sha256)

@@ -71,6 +71,8 @@ def _judge(run: Run, attempt: Attempt) -> dict[str, Any]:
 
 
 def _train(run: Run, attempt: Attempt, config: Config, handler: PreemptionHandler) -> int:
+    import torch
+
     from latentwire.elastic.planner import Placement
     from latentwire.target import load_target
     from latentwire.train.precision import make_repeatable
@@ -78,14 +80,17 @@ def _train(run: Run, attempt: Attempt, config: Config, handler: PreemptionHandle
     from latentwire.train.session import Session
 
     make_repeatable(config.train.cpu_threads, config.train.deterministic)
-    ranks = Ranks.connect()
+    placement = Placement.from_json(read_json(attempt.path / "placement.json"))
+    device = torch.device(placement.devices[int(os.environ["RANK"])][0])
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # else whatever names no device opens a context on the first GPU
+    ranks = Ranks.connect(device, config.elastic.timeout_s)
     session = Session.attach(run, attempt, config, handler, ranks)
     session.safe_point()
     target = load_target(config.workload.target)
     if isinstance(target, type):
         from latentwire.train.loop import train
 
-        placement = Placement.from_json(read_json(attempt.path / "placement.json"))
         train(session, target(config.workload.options), placement)
     else:
         target(session)

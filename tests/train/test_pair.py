@@ -102,7 +102,7 @@ def test_is_a_workload_and_reports_detached_losses(workload: PairWorkload) -> No
         (float(report.losses["loss/llama"]) + float(report.losses["loss/qwen"])) / 2
     )
     assert report.num_samples == 6
-    assert report.num_tokens == sum(int(target.mask.sum()) for target in batch.targets.values())
+    assert report.num_tokens == sum(len(target.labels) for target in batch.targets.values())
 
 
 def test_importing_the_options_imports_no_torch() -> None:
@@ -176,10 +176,12 @@ def test_only_target_tokens_count(workload: PairWorkload) -> None:
     before = losses_of(workload, batch)
     padding = copy.deepcopy(batch)
     target = padding.targets["llama"]
-    assert not target.mask.all()
-    target.tokens[~target.mask] = 7
+    is_padding = torch.ones(target.tokens.numel(), dtype=torch.bool)
+    is_padding[target.rows] = False
+    assert is_padding.any()
+    target.tokens.view(-1)[is_padding] = 7
     assert losses_of(workload, padding) == before
-    batch.targets["llama"].tokens[0, 0] += 1
+    batch.targets["llama"].labels[0] += 1
     after = losses_of(workload, batch)
     assert after["loss/llama"] != before["loss/llama"]
     assert after["loss/qwen"] == before["loss/qwen"]
@@ -191,7 +193,8 @@ def test_more_padding_changes_nothing(workload: PairWorkload) -> None:
     padded = workload.collate([samples[0], samples[-1]])
     assert padded.source.shape[1] > alone.source.shape[1]
     first = [losses_of(workload, workload.collate([s]))["loss/llama"] for s in (samples[0], samples[-1])]
-    weights = [int(n) for n in padded.targets["llama"].mask.sum(1)]
+    target = padded.targets["llama"]
+    weights = torch.bincount(target.rows // target.tokens.shape[1]).tolist()
     mean = sum(loss * n for loss, n in zip(first, weights, strict=True)) / sum(weights)
     assert losses_of(workload, padded)["loss/llama"] == pytest.approx(mean, rel=1e-5)
 
@@ -208,13 +211,13 @@ def test_gradients_reach_the_whole_wire_and_nothing_frozen(workload: PairWorkloa
 @pytest.mark.parametrize(
     ("options", "changes"), [({"sequential_models": True}, {}), ({}, {"gradient_checkpointing": True})]
 )
-def test_saving_memory_gives_the_same_gradients(
+def test_saving_memory_changes_no_bit(
     runs: Path, workload: PairWorkload, options: dict[str, Any], changes: dict[str, Any]
 ) -> None:
     thrifty = build(runs, options, **changes)
     expected = gradients(workload, batch_of(workload))
     for name, gradient in gradients(thrifty, batch_of(thrifty)).items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
+        assert torch.equal(gradient, expected[name]), name
 
 
 def test_bf16_trains_float32_weights(runs: Path) -> None:

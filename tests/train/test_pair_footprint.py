@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import compute_module_sizes
-from torch import nn
 
 from latentwire.config import TrainSection
-from latentwire.elastic.footprint import FrozenModule
+from latentwire.elastic.footprint import FrozenModule, cut
 from latentwire.workloads.pair import Options, footprint
+from latentwire.workloads.pair.batch import TargetBatch
+from latentwire.workloads.pair.cross_entropy import CHUNK_ROWS
 from latentwire.workloads.pair.data import pydoc_passages
 from latentwire.workloads.pair.families import FAMILIES
-from latentwire.workloads.pair.footprint import TEMPLATE_TOKENS, DecoderShape, num_wire_parameters
+from latentwire.workloads.pair.footprint import LOGITS_AT_ONCE, TEMPLATE_TOKENS, DecoderShape, num_wire_parameters
+from latentwire.workloads.pair.frozen import FrozenModel, device_of_layer, error_function, trained_through
 from latentwire.workloads.pair.options import WireOptions
-from latentwire.workloads.pair.tokenizer import DIALECTS, make_script, train_tokenizer
+from latentwire.workloads.pair.tokenizer import DIALECTS, Script, make_script, train_tokenizer
 from latentwire.workloads.pair.wire import LatentWire
-from latentwire.workloads.pair.workload import _causal_mask
 
 BATCH = 7
 """Divides no size of a weight, so that what has it as a factor of its first dimension is an activation."""
 
+LATENTS, TARGETS = 33, 12
+
 
 def make_options(shape: str, **wire: Any) -> dict[str, Any]:
     model = {"init": "random", "shape": shape}
-    data = {"kind": "pydoc", "max_source_bytes": 96, "max_target_tokens": 12}
+    data = {"kind": "pydoc", "max_source_bytes": 96, "max_target_tokens": TARGETS}
     return Options.model_validate({"llama": model, "qwen": model, "wire": wire, "data": data}).model_dump(mode="json")
 
 
@@ -116,39 +120,48 @@ def test_every_parameter_of_the_wire_is_counted(options: dict[str, Any]) -> None
 # ---- Activations -----------------------------------------------------------------------------------------------------
 
 
-def frozen(name: str, dtype: torch.dtype) -> nn.Module:
-    family = FAMILIES[name]
+def frozen(name: str, dtype: torch.dtype, checkpointed: bool) -> FrozenModel:
+    family, cpu = FAMILIES[name], torch.device("cpu")
     model = family.model_class._from_config(family.config("tiny"), dtype=dtype, attn_implementation="sdpa")
-    return model.requires_grad_(False).eval()
+    layers = trained_through(model.requires_grad_(False).eval(), compiled=False, checkpointed=checkpointed)
+    nothing, script = torch.zeros(1, 0, model.config.hidden_size, dtype=dtype), cast(Script, None)
+    return FrozenModel(name, model, Path(), script, nothing, nothing, (cpu,), layers, error_function(False))
 
 
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_what_autograd_keeps_of_a_frozen_model(name: str, dtype: torch.dtype) -> None:
-    """Exact for a layer: the difference that one layer makes."""
-    model, length = frozen(name, dtype), 45
-    layers = model.model.layers
+def test_what_autograd_keeps_of_a_frozen_model(name: str, dtype: torch.dtype, checkpointed: bool) -> None:
+    """To the byte."""
+    module = of_model(name, dtype)
+    of_layer = module.layer_input_bytes if checkpointed else module.layer_kept_bytes
+    assert kept_of_loss(frozen(name, dtype, checkpointed)) == module.num_layers * of_layer + module.back_kept_bytes
 
-    def kept(num_layers: int) -> int:
-        embeds = torch.zeros(BATCH, length, model.config.hidden_size, dtype=dtype, requires_grad=True)
-        real = torch.ones(BATCH, length, dtype=torch.bool)
-        model.model.layers = layers[:num_layers]
-        model.model.config.num_hidden_layers = num_layers
 
-        def forward() -> torch.Tensor:
-            positions = torch.arange(length)[None]
-            mask = _causal_mask(real, 0)
-            return model.model(
-                inputs_embeds=embeds * 1, attention_mask=mask, position_ids=positions, use_cache=False
-            ).last_hidden_state
+def of_model(name: str, dtype: torch.dtype) -> FrozenModule:
+    """Without a chat template there is one position more than the wire and the target have: the head's."""
+    found = of_pair("tiny", "fp32" if dtype == torch.float32 else "bf16", latent_len=LATENTS - 1)
+    return next(module for module in found.modules if module.name == name)
 
-        return kept_bytes(model.parameters(), forward)
 
-    one, two = kept(1), kept(2)
-    shape = DecoderShape.of(FAMILIES[name].model_type, FAMILIES[name].numbers("tiny"))
-    assert two - one == shape.layer_kept_bytes(length, dtype.itemsize)
-    behind = one - (two - one)
-    assert behind == length * 4 * (shape.hidden + 1)
+def kept_of_loss(model: FrozenModel) -> int:
+    tokens = torch.zeros(BATCH, TARGETS, dtype=torch.long)
+    target = TargetBatch(tokens, torch.arange(BATCH * TARGETS), tokens.flatten())
+    prefix = torch.zeros(BATCH, LATENTS, model.hidden_size, requires_grad=True)
+    return kept_bytes(model.model.parameters(), lambda: model.loss(prefix, target))
+
+
+def test_a_module_is_cut_where_it_is_loaded() -> None:
+    for num_layers in range(1, 41):
+        for num_places in range(1, 5):
+            devices = tuple(torch.device("cuda", place) for place in range(num_places))
+            of_layers = [device_of_layer(layer, num_layers, devices).index for layer in range(num_layers)]
+            parts = cut(num_layers, num_places)
+            assert of_layers == [place for place, part in enumerate(parts) for _ in part]
+
+
+def test_the_loss_is_computed_in_chunks_of_the_assumed_size() -> None:
+    assert LOGITS_AT_ONCE == CHUNK_ROWS
 
 
 @pytest.mark.parametrize("options", WIRES[:2])

@@ -27,7 +27,7 @@ def rows(text: str) -> list[str]:
 
 
 def test_it_shows_all_ways_and_marks_the_one_that_is_taken(home: Path) -> None:
-    text = printed(home, "plan", PAIR, "--gpus", "4xH100-80GB")
+    text = printed(home, "plan", PAIR, "train.micro_batch=8", "--gpus", "4xH100-80GB")
     assert text.split()[:4] == ["GPUs", "layout", "micro-batch", "checkpointing"]
     assert len(rows(text)) == 8
     (chosen,) = [row for row in rows(text) if row.startswith(">")]
@@ -39,12 +39,14 @@ def test_it_shows_all_ways_and_marks_the_one_that_is_taken(home: Path) -> None:
 
 
 def test_overrides_and_nodes(home: Path) -> None:
-    text = printed(home, "plan", PAIR, "elastic.gpus_per_replica=2", "--gpus", "2xA100-40GB", "--nodes", "2")
+    text = printed(
+        home, "plan", PAIR, "elastic.gpus_per_replica=2", "train.micro_batch=4", "--gpus", "2xA100-40GB", "--nodes", "2"
+    )
     assert "\n4 of 4 GPUs, 2 nodes: 2 replicas, llama 0 | qwen 1\n" in text
 
 
 def test_json_holds_the_placement_and_all_candidates(home: Path) -> None:
-    tree = json.loads(printed(home, "plan", PAIR, "--gpus", "2xA100-40GB", "--json"))
+    tree = json.loads(printed(home, "plan", PAIR, "train.micro_batch=4", "--gpus", "2xA100-40GB", "--json"))
     assert tree["placement"]["devices"] == [["cuda:0", "cuda:1"]]
     assert tree["placement"]["why"] == tree["why"]
     assert [(each["layout"], each["fits"]) for each in tree["candidates"]] == [

@@ -92,7 +92,7 @@ def test_with_few_places_models_stay_whole() -> None:
 
 
 def test_what_is_in_front_and_behind_goes_with_the_first_and_the_last_layers() -> None:
-    assert weights_bytes(BOTH, {"a": (0, 1), "b": (2,)}) == (1000 + 200, 3000 + 300, B.weights_bytes)
+    assert weights_bytes(BOTH, {"a": (0, 1), "b": (2,)}) == (1000 + 300, 3000 + 200, B.weights_bytes)
 
 
 # ---- Peak ------------------------------------------------------------------------------------------------------------

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentwire.elastic.schedule import MAX_REPLICAS, micro_batches_of, num_slots, owner_of, segments
+from latentwire.elastic.schedule import MAX_REPLICAS, canonical_sum, micro_batches_of, num_slots, segments
 from latentwire.train.order import SampleOrder, derive_seed
 
 REPLICAS = range(1, MAX_REPLICAS + 1)
@@ -41,30 +43,46 @@ def test_segments_tile_the_batch_and_lie_within_one_rank(num: int) -> None:
     assert [m for segment in segments(num) for m in segment] == list(range(num))
     for replicas in REPLICAS:
         for segment in segments(num):
+            owners = [r for r in range(replicas) if set(segment) & set(micro_batches_of(r, replicas, num))]
             assert len(segment) > 0
-            assert set(segment) <= set(micro_batches_of(owner_of(segment, replicas, num), replicas, num))
+            assert len(owners) == 1
 
 
 def test_the_segments_of_eight_are_those_of_the_design() -> None:
     assert segments(8) == [range(2), range(2, 4), range(4, 5), range(5, 6), range(6, 8)]
 
 
+@given(NUM_MICRO_BATCHES)
+def test_the_blocks_of_all_ranks_tile_the_batch_and_are_few(num: int) -> None:
+    for replicas in REPLICAS:
+        of_ranks = [canonical_sum(num).blocks_of(rank, replicas, num) for rank in range(replicas)]
+        assert [m for blocks in of_ranks for block in blocks for m in block] == list(range(num))
+        assert max(map(len, of_ranks)) <= (2 if replicas == 3 else 1)
+
+
 def sum_as_written(num: int, replicas: int) -> str:
     """The sum that ``replicas`` ranks make, with a bracket for every addition."""
-    of_segment: dict[range, str] = {}
+    whole = canonical_sum(num)
+    additions = list(whole.additions())
+    exchanged: dict[range, str] = {}
     for rank in range(replicas):
-        mine = [s for s in segments(num) if owner_of(s, replicas, num) == rank]
-        done = []
-        for segment in mine:
-            for micro_batch in segment:
-                done.append(micro_batch)
-                before = of_segment.get(segment)
-                of_segment[segment] = f"g{micro_batch}" if before is None else f"({before}+g{micro_batch})"
-        assert done == list(micro_batches_of(rank, replicas, num))
-    total = ""
-    for segment in segments(num):
-        total = of_segment[segment] if not total else f"({total}+{of_segment[segment]})"
+        own: dict[range, str] = {}
+        for segment in segments(num):
+            if segment[0] in micro_batches_of(rank, replicas, num):
+                own[segment] = functools.reduce("({}+{})".format, [f"g{m}" for m in segment])
+                fold(own, additions)
+        assert list(own) == whole.blocks_of(rank, replicas, num)
+        exchanged |= own
+    fold(exchanged, additions)
+    (total,) = exchanged.values()
     return total
+
+
+def fold(sums: dict[range, str], additions: list[tuple[range, range]]) -> None:
+    """Add what the order of the whole batch adds, as far as both sides are there."""
+    for left, right in additions:
+        if left in sums and right in sums:
+            sums[range(left.start, right.stop)] = f"({sums.pop(left)}+{sums.pop(right)})"
 
 
 @given(NUM_MICRO_BATCHES)

@@ -1,4 +1,4 @@
-"""Folders that are made once and shared by runs: whole or absent."""
+"""Model folders: made once and shared by runs, whole or absent."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether there are weights in it, in one file or several."""
+    return (folder / WEIGHTS).is_file() or (folder / INDEX).is_file()
 
 
 def make_once(folder: Path, make: Callable[[Path], None]) -> Path:

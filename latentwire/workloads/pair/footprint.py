@@ -17,10 +17,11 @@ from latentwire.workloads.pair.shapes import LLAMA_31_8B, QWEN25_7B, SHAPES
 # ---- What cannot be derived from shapes ------------------------------------------------------------------------------
 
 LOGITS_AT_ONCE = 1024
-"""Rows of logits; the loss is computed in chunks of so many."""
+"""Rows of logits: ``cross_entropy.CHUNK_ROWS``, whose module needs torch."""
 
-LOGIT_FLOAT_BYTES = 8
-"""Of each logit beside its own bytes: the float32 copy, and the cross-entropy's log-softmax or its gradient."""
+LOGIT_WORK_BYTES = 17
+"""Of each logit beside itself while its error is computed: float32 logits, their exponentials, what should be predicted
+as bool and as float32, and the difference, from the order of the operations of ``cross_entropy.errors``."""
 
 TEMPLATE_TOKENS = 40
 """Head and tail together with a chat template. Llama 3.1's has 35, Qwen2.5's 29: what an empty message costs there."""
@@ -32,9 +33,9 @@ the order of its operations: gradients of the product, of its two factors and of
 BYTES_TRAINED = 4 + 4 + 8
 """Of each trained parameter in float32: weight, gradient, AdamW's two moments."""
 
-REDUCTION_SUMS = 6
-"""Gradients that the ordered reduction may hold beside the one that grows: one for each canonical segment, which are at
-most six, as the cuts for 1 to 4 ranks are at 1/4, 1/3, 1/2, 2/3 and 3/4."""
+REDUCTION_SUMS = 3
+"""Sums that the reduction holds beside the gradient that grows, at most, for any number of micro-batches and ranks: it
+adds quarters and halves of the batch as soon as they are there. What it sends comes when activations have gone."""
 
 PUBLISHED: Mapping[str, Mapping[str, Any]] = {
     "meta-llama/Meta-Llama-3.1-8B-Instruct": LLAMA_31_8B,
@@ -110,15 +111,19 @@ class DecoderShape:
         return self.num_heads * self.head_dim
 
     @property
+    def key_size(self) -> int:
+        """All heads of keys, or of values, side by side."""
+        return self.num_key_value_heads * self.head_dim
+
+    @property
     def matrix_parameters(self) -> int:
         """Of one layer, those that take part in products."""
-        key_value = self.num_key_value_heads * self.head_dim
-        return self.hidden * (2 * self.query_size + 2 * key_value + 3 * self.intermediate)
+        return self.hidden * (2 * self.query_size + 2 * self.key_size + 3 * self.intermediate)
 
     @property
     def layer_parameters(self) -> int:
         """Of one layer: products, two norms, biases."""
-        biases = self.has_qkv_bias * (self.query_size + 2 * self.num_key_value_heads * self.head_dim)
+        biases = self.has_qkv_bias * (self.query_size + 2 * self.key_size)
         biases += self.has_out_bias * self.hidden + self.has_mlp_bias * (2 * self.intermediate + self.hidden)
         return self.matrix_parameters + 2 * self.hidden + biases
 
@@ -140,11 +145,11 @@ class DecoderShape:
     def layer_kept_bytes(self, length: int, number_bytes: int) -> int:
         """What autograd keeps of a layer with frozen weights for a sequence; a product keeps nothing but its weights.
 
-        The inputs of both norms and their inverse means in float32; queries, keys and values of all heads and what
-        attention makes of them, its float32 normaliser, the mask as numbers; gate, its SiLU and the other factor.
+        The inputs of both norms and their inverse means in float32; queries, keys, values, what attention makes of
+        them and its float32 normaliser; gate, its SiLU and the other factor.
         """
         norms = 2 * 4 * (self.hidden + 1)
-        attention = 4 * self.query_size * number_bytes + 4 * self.num_heads + length * number_bytes
+        attention = 2 * (self.query_size + self.key_size) * number_bytes + 4 * self.num_heads
         return length * (norms + attention + 3 * self.intermediate * number_bytes)
 
     def layer_working_bytes(self, length: int, number_bytes: int) -> int:
@@ -153,8 +158,8 @@ class DecoderShape:
         return length * number_bytes * (wide * self.intermediate + narrow * self.hidden)
 
     def attention_flops(self, length: int) -> int:
-        """Forward, of one layer: scores and mixing. The mask saves nothing."""
-        return 4 * length**2 * self.query_size
+        """Forward, of one layer: scores and mixing, of what each position may read."""
+        return 2 * length**2 * self.query_size
 
 
 def _frozen(name: str, shape: DecoderShape, options: Options, number_bytes: int) -> FrozenModule:
@@ -171,10 +176,10 @@ def _frozen(name: str, shape: DecoderShape, options: Options, number_bytes: int)
         layer_kept_bytes=shape.layer_kept_bytes(length, number_bytes),
         layer_input_bytes=length * shape.hidden * number_bytes,
         layer_working_bytes=shape.layer_working_bytes(length, number_bytes),
-        # the last norm; and the states that become logits, with their gradients
-        back_kept_bytes=length * 4 * (shape.hidden + 1) + 2 * targets * shape.hidden * number_bytes,
+        # of each state that predicts: the last norm's, its gradient, which is known at once, and its place
+        back_kept_bytes=targets * (4 * (shape.hidden + 1) + shape.hidden * number_bytes + 8),
         num_outputs=targets,
-        output_bytes=shape.vocab * (number_bytes + LOGIT_FLOAT_BYTES),
+        output_bytes=shape.vocab * (number_bytes + (number_bytes if options.compile else LOGIT_WORK_BYTES)),
         outputs_at_once=LOGITS_AT_ONCE,
         layer_forward_flops=products + attention,
         layer_backward_flops=products + 2 * attention,  # no gradient of a frozen weight

@@ -1,4 +1,4 @@
-"""The two frozen models: found, loaded, checked."""
+"""The two frozen models: found, checked, loaded, laid over their devices."""
 
 from __future__ import annotations
 
@@ -6,68 +6,33 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import dispatch_model
+from accelerate.hooks import remove_hook_from_submodules
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from latentwire.errors import WorkloadError
 from latentwire.workloads.base import BuildContext
 from latentwire.workloads.pair.data import pydoc_passages
-from latentwire.workloads.pair.digests import folder_digest, module_digest
 from latentwire.workloads.pair.families import FAMILIES, Family
-from latentwire.workloads.pair.folders import make_once
+from latentwire.workloads.pair.folders import INDEX, WEIGHTS, make_once
+from latentwire.workloads.pair.frozen import FrozenModel, device_of_layer, error_function, trained_through
 from latentwire.workloads.pair.options import ModelOptions
-from latentwire.workloads.pair.tokenizer import DIALECTS, Script, make_script, train_tokenizer
+from latentwire.workloads.pair.tokenizer import DIALECTS, make_script, train_tokenizer
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DOWNLOADED = ("*.safetensors", "*.json", "*.txt", "*.jinja")
 CACHE_FORMAT = 1
 """Part of every cached folder's name: raise it when what is built into one changes."""
 
 
-@dataclasses.dataclass(frozen=True)
-class FrozenModel:
-    """One model on its device, in evaluation mode, that takes no gradient into its weights.
-
-    Attributes:
-        folder: what it was loaded from; holds only a tokenizer where the weights were drawn in place.
-        script: its tokens.
-        head, tail: (1, n, H) embeddings of the script's fixed tokens, made once.
-    """
-
-    name: str
-    model: PreTrainedModel
-    folder: Path
-    script: Script
-    head: Tensor
-    tail: Tensor
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of its embedding space."""
-        return int(self.model.config.hidden_size)
-
-    def embedding_rms(self) -> float:
-        """Root mean square of all its input embeddings. Waits for the device."""
-        weight = self.model.get_input_embeddings().weight
-        return float(weight.detach().float().square().mean().sqrt())
-
-    def digest(self, cache: Path, safe_point: Callable[[], None]) -> str:
-        """SHA-256 of its weights and files; blocks while they are read."""
-        digest = folder_digest(self.folder, cache, safe_point)
-        if _has_weights(self.folder):
-            return digest
-        return hashlib.sha256(f"{digest} {module_digest(self.model, safe_point)}".encode()).hexdigest()
-
-
-def load_frozen(name: str, options: ModelOptions, context: BuildContext) -> FrozenModel:
-    """Load one model as its options say, onto ``context.device`` in ``context.compute_dtype``. Blocks.
+def load_frozen(name: str, options: ModelOptions, context: BuildContext, compiled: bool = False) -> FrozenModel:
+    """Load one model as its options say, onto its devices in ``context.compute_dtype``. Blocks.
 
     Safe points are passed before a download, before anything is made, and before the weights are loaded.
 
@@ -80,12 +45,25 @@ def load_frozen(name: str, options: ModelOptions, context: BuildContext) -> Froz
     script = make_script(name, _load_tokenizer(name, folder), options.use_chat_template)
     context.safe_point()
     draws_in_place = options.init == "random" and options.shape == "full"
-    model = _draw(family, "full", context) if draws_in_place else _load(name, family, folder, context)
+    devices = context.devices.get(name, (context.device,))
+    at_first = dataclasses.replace(context, device=devices[0])
+    model = _draw(family, "full", at_first) if draws_in_place else _load(name, family, folder, context, devices)
+    if draws_in_place and len(devices) > 1:
+        model = dispatch_model(model, _device_map(model.config.num_hidden_layers, devices))
+    remove_hook_from_submodules(model)  # accelerate's copy inputs to each layer; FrozenModel does so where devices meet
     model.requires_grad_(False).eval()
-    if context.gradient_checkpointing:
-        _checkpoint_layers(model)
-    head, tail = (_embed(model, ids, context.device) for ids in (script.head, script.tail))
-    return FrozenModel(name, model, folder, script, head, tail)
+    head, tail = (_embed(model, ids, devices[0]) for ids in (script.head, script.tail))
+    layers = trained_through(model, compiled, context.gradient_checkpointing)
+    return FrozenModel(name, model, folder, script, head, tail, devices, layers, error_function(compiled))
+
+
+def _device_map(num_layers: int, devices: tuple[torch.device, ...]) -> dict[str, torch.device]:
+    """Which part of a model goes where, in accelerate's words."""
+    if len(devices) == 1:
+        return {"": devices[0]}
+    layers = {f"model.layers.{i}": device_of_layer(i, num_layers, devices) for i in range(num_layers)}
+    first, last = devices[0], devices[-1]
+    return {"model.embed_tokens": first, "model.rotary_emb": first, **layers, "model.norm": last, "lm_head": last}
 
 
 def _embed(model: PreTrainedModel, ids: tuple[int, ...], device: torch.device) -> Tensor:
@@ -143,7 +121,10 @@ def _random_folder(name: str, shape: str, family: Family, context: BuildContext)
         tokenizer.save_pretrained(folder)
         if shape == "tiny":
             on_cpu = dataclasses.replace(context, device=torch.device("cpu"), compute_dtype=torch.float32)
-            _draw(family, shape, on_cpu).save_pretrained(folder)
+            model = _draw(family, shape, on_cpu)
+            # not by the model's own save_pretrained, which writes nothing on ranks other than 0: any may be the first
+            model.config.save_pretrained(folder)
+            save_file(model.state_dict(), folder / WEIGHTS, metadata={"format": "pt"})
 
     return make_once(context.run_path.parent / "cache" / f"{name}-{shape}-{key}", make)
 
@@ -160,11 +141,13 @@ def _draw(family: Family, shape: str, context: BuildContext) -> PreTrainedModel:
     return model
 
 
-def _load(name: str, family: Family, folder: Path, context: BuildContext) -> PreTrainedModel:
-    _check_folder(name, family, folder)
+def _load(
+    name: str, family: Family, folder: Path, context: BuildContext, devices: tuple[torch.device, ...]
+) -> PreTrainedModel:
+    config = _check_folder(name, family, folder)
     arguments: dict[str, Any] = {
         "dtype": context.compute_dtype,
-        "device_map": {"": context.device},
+        "device_map": _device_map(config["num_hidden_layers"], devices),
         "attn_implementation": "sdpa",
         "use_safetensors": True,
         "local_files_only": True,
@@ -197,16 +180,19 @@ def _load_tokenizer(name: str, folder: Path) -> PreTrainedTokenizerFast:
         raise WorkloadError(f"{name}: the tokenizer in {folder} is damaged: {error}; {_cure(name, folder)}") from error
 
 
-def _check_folder(name: str, family: Family, folder: Path) -> None:
+def _check_folder(name: str, family: Family, folder: Path) -> dict[str, Any]:
+    """The folder's config.json, when all that it needs is there."""
     missing = _missing_files(folder)
     if missing:
         raise WorkloadError(f"{name}: {folder.absolute()} has no {', '.join(missing[:3])}; {_cure(name, folder)}")
-    found = _read_json(name, folder / "config.json").get("model_type")
+    config = _read_json(name, folder / "config.json")
+    found = config.get("model_type")
     if found != family.model_type:
         raise WorkloadError(
             f"{name}: {folder} holds a {found!r} model and must hold a {family.model_type!r} model; "
             f"set workload.options.{name}.source to another folder"
         )
+    return config
 
 
 def _missing_files(folder: Path) -> list[str]:
@@ -218,10 +204,6 @@ def _missing_files(folder: Path) -> list[str]:
         return [*missing, WEIGHTS]
     shards = set(_read_json(folder.name, folder / INDEX).get("weight_map", {}).values())
     return [*missing, *sorted(shard for shard in shards if not (folder / shard).is_file())]
-
-
-def _has_weights(folder: Path) -> bool:
-    return (folder / WEIGHTS).is_file() or (folder / INDEX).is_file()
 
 
 def _read_json(name: str, file: Path) -> dict[str, Any]:
@@ -237,12 +219,3 @@ def _cure(name: str, folder: Path) -> str:
         f"delete {folder} and fetch or let it be made again, or set workload.options.{name}.source to a folder that "
         "holds the whole model"
     )
-
-
-def _checkpoint_layers(model: PreTrainedModel) -> None:
-    """Recompute each decoder layer in the backward pass.
-
-    Done here because transformers checkpoints in training mode only, and frozen models stay in evaluation mode.
-    """
-    for layer in model.get_decoder().layers:
-        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)

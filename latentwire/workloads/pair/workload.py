@@ -3,62 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from latentwire.errors import WorkloadError
 from latentwire.workloads.base import BuildContext, StepReport
+from latentwire.workloads.pair.batch import Collator, PairBatch, TargetBatch
 from latentwire.workloads.pair.data import Pair, PairData, load_pairs
 from latentwire.workloads.pair.families import FAMILIES
-from latentwire.workloads.pair.models import FrozenModel, load_frozen
+from latentwire.workloads.pair.frozen import FrozenModel
+from latentwire.workloads.pair.models import load_frozen
 from latentwire.workloads.pair.options import Options
-from latentwire.workloads.pair.tokenizer import Script
-from latentwire.workloads.pair.wire import PADDING, LatentWire
-
-
-class TargetBatch(NamedTuple):
-    """The targets of one batch in one model's tokens.
-
-    Attributes:
-        tokens: (B, T) token ids, padded on the right.
-        mask: (B, T) True where a token is part of a target.
-        rows: (N,) places of those tokens in the flattened (B * T). Known on the host, so that picking them out of
-            the hidden states makes nobody wait for the device.
-    """
-
-    tokens: Tensor
-    mask: Tensor
-    rows: Tensor
-
-
-class PairBatch(NamedTuple):
-    """One micro-batch: source bytes (B, S) padded with ``PADDING``, and the targets by model name."""
-
-    source: Tensor
-    targets: dict[str, TargetBatch]
-
-
-@dataclasses.dataclass(frozen=True)
-class Collator:
-    """Turns pairs into a batch; holds tokenizers only, so that it can be pickled into DataLoader workers."""
-
-    scripts: Mapping[str, Script]
-    max_target_tokens: int
-
-    def __call__(self, samples: list[Pair]) -> PairBatch:
-        """Pad the sources, tokenize and pad the targets. Returns CPU tensors."""
-        source, _ = _pad([list(pair.source) for pair in samples], PADDING)
-        return PairBatch(source, {name: self._targets(script, samples) for name, script in self.scripts.items()})
-
-    def _targets(self, script: Script, samples: list[Pair]) -> TargetBatch:
-        tokens, mask = _pad(script.targets([pair.target for pair in samples], self.max_target_tokens), script.pad_id)
-        return TargetBatch(tokens, mask, mask.flatten().nonzero().squeeze(1))
+from latentwire.workloads.pair.wire import LatentWire
 
 
 class PairWorkload:
@@ -82,11 +42,13 @@ class PairWorkload:
         )
         self._frozen: dict[str, FrozenModel] = {}
         for name in FAMILIES:
-            self._frozen[name] = load_frozen(name, getattr(self._options, name), context)
+            self._frozen[name] = load_frozen(name, getattr(self._options, name), context, self._options.compile)
             self._check_length(self._frozen[name])
         self._wire = self._draw_wire(context)
         self._collator = Collator(
-            {name: frozen.script for name, frozen in self._frozen.items()}, self._options.data.max_target_tokens
+            {name: frozen.script for name, frozen in self._frozen.items()},
+            self._options.data.max_target_tokens,
+            few_lengths=self._options.compile,
         )
 
     @property
@@ -112,8 +74,7 @@ class PairWorkload:
     def step(self, batch: PairBatch, backward: Callable[[Tensor], None]) -> StepReport:
         """Forward and backward of one micro-batch, both models at once or one after the other."""
         self._wire.train()
-        batch = _to_device(batch, self._device)
-        latents = self._encode(batch.source)
+        latents = self._encode(batch.source.to(self._device, non_blocking=True))
         if self._options.sequential_models:
             losses = self._step_one_by_one(latents, batch, backward)
         else:
@@ -125,8 +86,7 @@ class PairWorkload:
         """Both losses of one evaluation batch."""
         self._wire.eval()
         with torch.no_grad():
-            batch = _to_device(batch, self._device)
-            latents = self._encode(batch.source)
+            latents = self._encode(batch.source.to(self._device, non_blocking=True))
             losses = {name: self._loss(name, latents, batch.targets[name]) for name in self._frozen}
         return _report(losses, batch)
 
@@ -178,65 +138,16 @@ class PairWorkload:
             return self._wire.encode(source)
 
     def _loss(self, name: str, latents: Tensor, target: TargetBatch) -> Tensor:
-        """Mean cross-entropy of one model over the target tokens, in float32.
-
-        Its input is head, soft prefix, tail, target. Only the states that predict a target token become logits.
-        """
-        frozen = self._frozen[name]
+        """Mean cross-entropy of one model over the target tokens."""
         with self._autocast():
             prefix = self._wire.prefix(name, latents)
-        embeds = _assemble(frozen, prefix, target.tokens)
-        num_before = embeds.shape[1] - target.tokens.shape[1]
-        hidden = frozen.model.get_decoder()(
-            inputs_embeds=embeds,
-            attention_mask=_causal_mask(target.mask, num_before),
-            position_ids=torch.arange(embeds.shape[1], device=embeds.device)[None],
-            use_cache=False,
-        ).last_hidden_state
-        predicting = hidden[:, num_before - 1 : -1].flatten(0, 1).index_select(0, target.rows)
-        logits = frozen.model.get_output_embeddings()(predicting)
-        return functional.cross_entropy(logits.float(), target.tokens.flatten().index_select(0, target.rows))
+        return self._frozen[name].loss(prefix, target)
 
     def _autocast(self) -> contextlib.AbstractContextManager[None]:
         """For the wire, whose weights are float32; the frozen models are in the compute dtype already."""
         assert self._context is not None, "build comes first"
         dtype = self._context.compute_dtype
         return torch.autocast(self._context.device.type, dtype=dtype, enabled=dtype != torch.float32)
-
-
-def _pad(rows: list[list[int]], value: int) -> tuple[Tensor, Tensor]:
-    """Lists -> (B, longest) padded on the right, and the mask of what is not padding."""
-    lengths = torch.tensor([len(row) for row in rows])
-    mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
-    padded = torch.full(mask.shape, value)
-    padded[mask] = torch.tensor([item for row in rows for item in row])
-    return padded, mask
-
-
-def _to_device(batch: PairBatch, device: torch.device) -> PairBatch:
-    def move(tensor: Tensor) -> Tensor:
-        return tensor.to(device, non_blocking=True)
-
-    targets = {name: TargetBatch(*map(move, target)) for name, target in batch.targets.items()}
-    return PairBatch(move(batch.source), targets)
-
-
-def _assemble(frozen: FrozenModel, prefix: Tensor, tokens: Tensor) -> Tensor:
-    """Embeddings (B, head + latent_len + tail + T, H) in the model's dtype."""
-    embed, size = frozen.model.get_input_embeddings(), len(tokens)
-    prefix = prefix.to(embed.weight.dtype)
-    return torch.cat([frozen.head.expand(size, -1, -1), prefix, frozen.tail.expand(size, -1, -1), embed(tokens)], dim=1)
-
-
-def _causal_mask(target_mask: Tensor, num_before: int) -> Tensor:
-    """(B, 1, L, L), True where a position may be read: not after the reader, and not padding.
-
-    Given ready-made, because transformers would look at a (B, L) mask's values and so wait for the device.
-    """
-    real = functional.pad(target_mask, (num_before, 0), value=True)
-    length = real.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=real.device).tril()
-    return causal[None, None] & real[:, None, None, :]
 
 
 def _mean(losses: Mapping[str, Tensor]) -> Tensor:

@@ -1,0 +1,115 @@
+"""A rank's share of every global batch: what makes a loop give the same bits on 1, 2, 3 or 4 GPUs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from latentwire.elastic import schedule
+from latentwire.errors import ConfigError, RunError
+from latentwire.train import randomness
+from latentwire.train.data import Address
+from latentwire.train.order import SampleOrder, derive_seed
+from latentwire.train.reduction import Reduction
+
+if TYPE_CHECKING:
+    from latentwire.train.session import Session
+
+
+class Share:
+    """The micro-batches of each step that are this rank's, and the gradient of the whole step. Made by Session.share.
+
+    Iterate over it once in each step of ``session.steps``, call ``backward`` for the loss of each batch, then
+    ``reduce`` before the optimizer. Samples, their order and the random generators depend on the step and the
+    micro-batch alone, never on the rank.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        parameters: Iterable[torch.nn.Parameter],
+        data: Sequence[Any],
+        global_batch: int,
+        micro_batch: int,
+        collate: Callable[[list[Any]], Any] | None,
+    ) -> None:
+        if global_batch % micro_batch:
+            raise ConfigError(f"global_batch ({global_batch}) is no multiple of micro_batch ({micro_batch})")
+        ranks = session.ranks
+        self.num_micro_batches = global_batch // micro_batch
+        self.index = 0
+        """The micro-batch of the step that is being computed."""
+        self.order = SampleOrder(session.config.seed, len(data))
+        self.num_slots = schedule.num_slots(ranks.world_size, self.num_micro_batches)
+        """Safe points that every rank passes in a step."""
+        self._session, self._data, self._collate = session, data, collate
+        self._micro_batch = micro_batch
+        self._mine = schedule.micro_batches_of(ranks.rank, ranks.world_size, self.num_micro_batches)
+        self._reduction = Reduction(parameters, ranks, self.num_micro_batches, session.config.elastic.exact)
+        self._batches: Iterator[Any] | None = None
+        self._is_reduced = True
+
+    def __iter__(self) -> Iterator[Any]:
+        """This rank's micro-batches of the present step; on some ranks possibly none. Every rank.
+
+        Raises:
+            Preempted: see ``Session.safe_point``.
+        """
+        session = self._session
+        if not self._is_reduced:
+            raise RunError("the gradients of the last step were not summed up: call reduce() before optimizer.step()")
+        self._is_reduced = False
+        if self._batches is None:
+            self._batches = session.fetch(self._data, self._addresses(session.step), self._collate)
+        for slot in range(self.num_slots):
+            session.safe_point()  # every rank passes as many, also one with fewer micro-batches
+            if slot >= len(self._mine):
+                continue
+            self.index = self._mine[slot]
+            with session.clock("data"):
+                batch = next(self._batches)
+            randomness.seed_everything(derive_seed(session.config.seed, "step", session.step, self.index))
+            self._reduction.begin(self.index)
+            with session.clock("forward_backward"):
+                yield batch
+            self._reduction.end()
+        # from here to the next micro-batch the same on every rank
+        randomness.seed_everything(derive_seed(session.config.seed, "boundary", session.step))
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Instead of ``loss.backward()``, for the mean loss of a micro-batch, once or several times.
+
+        Raises:
+            WorkloadError: more often than in earlier micro-batches, and the gradients are on their way already.
+        """
+        self._reduction.backward(loss / self.num_micro_batches)
+
+    def reduce(self) -> None:
+        """Leave the gradient of the mean loss of the global batch in ``.grad``, the same on every rank. Collective."""
+        with self._session.clock("reduction"):
+            self._reduction.finish()
+        self._is_reduced = True
+        self._session.counters["samples"] += self.num_micro_batches * self._micro_batch
+
+    @contextlib.contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Inside, one micro-batch may be computed whose gradients the caller throws away."""
+        self._reduction.begin(None)
+        yield
+        self._reduction.end()
+
+    def close(self) -> None:
+        """End the workers that fetch samples; an interpreter that ends would wait for them. Called by the session."""
+        self._batches = None
+
+    def _addresses(self, start: int) -> Iterator[list[Address]]:
+        """The samples of this rank's micro-batches from a step on."""
+        step = start
+        while True:
+            for index in self._mine:
+                first = (step * self.num_micro_batches + index) * self._micro_batch
+                yield [self.order.address(first + i) for i in range(self._micro_batch)]
+            step += 1

@@ -1,0 +1,132 @@
+"""A frozen model at work: from a soft prefix and target tokens to a loss, on one device or over several."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from latentwire.workloads.pair.batch import TargetBatch
+from latentwire.workloads.pair.cross_entropy import Errors, cross_entropy, errors
+from latentwire.workloads.pair.digests import folder_digest, module_digest
+from latentwire.workloads.pair.folders import has_weights
+from latentwire.workloads.pair.tokenizer import Script
+
+Layer: TypeAlias = Callable[..., Tensor]
+COMPILED: dict[str, Any] = {"fullgraph": True, "dynamic": False, "options": {"deterministic": True}}
+"""One graph per shape, and no kernel chosen by timing: the bits of a shape never depend on what was run before."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenModel:
+    """One model on its devices, in evaluation mode, that takes no gradient into its weights.
+
+    Attributes:
+        folder: what it was loaded from; holds only a tokenizer where the weights were drawn in place.
+        script: its tokens.
+        head, tail: (1, n, H) embeddings of the script's fixed tokens, made once.
+        devices: the embedding is on the first, the output layer on the last, the layers over all in order.
+        layers: what a pass with gradients goes through.
+        errors: the compiled or plain ``cross_entropy.errors``.
+    """
+
+    name: str
+    model: PreTrainedModel
+    folder: Path
+    script: Script
+    head: Tensor
+    tail: Tensor
+    devices: tuple[torch.device, ...]
+    layers: tuple[Layer, ...]
+    errors: Errors
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of its embedding space."""
+        return int(self.model.config.hidden_size)
+
+    def embedding_rms(self) -> float:
+        """Root mean square of all its input embeddings. Waits for the device."""
+        weight = self.model.get_input_embeddings().weight
+        return float(weight.detach().float().square().mean().sqrt())
+
+    def digest(self, cache: Path, safe_point: Callable[[], None]) -> str:
+        """SHA-256 of its weights and files; blocks while they are read."""
+        digest = folder_digest(self.folder, cache, safe_point)
+        if has_weights(self.folder):
+            return digest
+        return hashlib.sha256(f"{digest} {module_digest(self.model, safe_point)}".encode()).hexdigest()
+
+    def loss(self, prefix: Tensor, target: TargetBatch) -> Tensor:
+        """Mean cross-entropy over the target tokens, float32, on the prefix's device. Does not wait for any device.
+
+        The model's input is head, soft prefix, tail, target. Only the states that predict a target token become
+        logits. No mask: what pads a target stands to the right of all that is read.
+
+        Args:
+            prefix: (B, latent_len, H) float32.
+            target: CPU or device tensors.
+        """
+        first, last = self.devices[0], self.devices[-1]
+        tokens = target.tokens.to(first, non_blocking=True)
+        embeds = self._assemble(prefix.to(first), tokens)
+        num_before = embeds.shape[1] - tokens.shape[1]
+        hidden = self._through_layers(embeds)[:, num_before - 1 : -1].flatten(0, 1)
+        predicting = hidden.index_select(0, target.rows.to(last, non_blocking=True))
+        states = self.model.get_decoder().norm(predicting)
+        weight = self.model.get_output_embeddings().weight
+        loss = cross_entropy(states, weight, target.labels.to(last, non_blocking=True), self.errors)
+        return loss.to(prefix.device)
+
+    def _assemble(self, prefix: Tensor, tokens: Tensor) -> Tensor:
+        """Embeddings (B, head + latent_len + tail + T, H) in the model's dtype."""
+        embed, size = self.model.get_input_embeddings(), len(tokens)
+        parts = [self.head.expand(size, -1, -1), prefix.to(embed.weight.dtype), self.tail.expand(size, -1, -1)]
+        return torch.cat([*parts, embed(tokens)], dim=1)
+
+    def _through_layers(self, embeds: Tensor) -> Tensor:
+        """(B, L, H) -> (B, L, H), before the last norm. What is evaluated without gradients goes uncompiled."""
+        decoder = self.model.get_decoder()
+        layers = self.layers if torch.is_grad_enabled() else decoder.layers
+        positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
+        rotary = decoder.rotary_emb(embeds, position_ids=positions)
+        hidden = embeds
+        for index, layer in enumerate(layers):
+            device = device_of_layer(index, len(layers), self.devices)
+            if hidden.device != device:
+                hidden, rotary = hidden.to(device), tuple(part.to(device) for part in rotary)
+            hidden = layer(hidden, attention_mask=None, position_embeddings=rotary)
+        return hidden
+
+
+def device_of_layer(index: int, num_layers: int, devices: tuple[torch.device, ...]) -> torch.device:
+    """The layers in order, as evenly as whole layers allow."""
+    return devices[index * len(devices) // num_layers]
+
+
+def trained_through(model: PreTrainedModel, compiled: bool, checkpointed: bool) -> tuple[Layer, ...]:
+    """The layers as a pass with gradients calls them: perhaps compiled, perhaps computed again in the backward pass.
+
+    Checkpointed here because transformers does so in training mode only, and frozen models stay in evaluation mode.
+    """
+    layers: list[Layer] = list(model.get_decoder().layers)
+    if compiled:  # of one function, so that layers of equal shapes share what is made of it
+        layers = [torch.compile(layer.forward, **COMPILED) for layer in model.get_decoder().layers]
+    if checkpointed:
+        layers = [
+            functools.partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False) for layer in layers
+        ]
+    return tuple(layers)
+
+
+def error_function(compiled: bool) -> Errors:
+    """``cross_entropy.errors`` as it is, or compiled."""
+    return torch.compile(errors, **COMPILED) if compiled else errors
