@@ -77,7 +77,7 @@ def draw(shape: str, folder: Path) -> None:
 
     from latentwire.workloads.base import BuildContext
     from latentwire.workloads.pair import models
-    from latentwire.workloads.pair.shapes import FAMILIES
+    from latentwire.workloads.pair.families import FAMILIES
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     context = BuildContext(

@@ -52,7 +52,20 @@ def export_config(target: str) -> Callable[..., Any] | None:
     Raises:
         ConfigError, WorkloadError: as ``load_target``.
     """
-    function = _beside(target, "export_config")
+    return _function_beside(target, "export_config")
+
+
+def footprint(target: str) -> Callable[..., Any] | None:
+    """The function ``footprint`` that stands beside the target, or None where there is none.
+
+    Raises:
+        ConfigError, WorkloadError: as ``load_target``.
+    """
+    return _function_beside(target, "footprint")
+
+
+def _function_beside(target: str, name: str) -> Callable[..., Any] | None:
+    function = _beside(target, name)
     return function if callable(function) else None
 
 

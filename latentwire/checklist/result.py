@@ -85,7 +85,7 @@ def other_hardware(*runs: Run) -> tuple[str, ...]:
     return tuple(
         f"attempt {attempt.number} of the {attempt.run.name} run, on {environment['host']}: {change}"
         for attempt, environment in environments
-        for change in _inventory(environment).changes_since(environments[0][1])
+        for change in Inventory.from_json(environment).changes_since(environments[0][1])
     )
 
 
@@ -94,10 +94,6 @@ def _environments(run: Run) -> Iterator[tuple[Attempt, dict[str, Any]]]:
         environment = read_json(attempt.path / "environment.json")
         if isinstance(environment, dict):
             yield attempt, environment
-
-
-def _inventory(environment: dict[str, Any]) -> Inventory:
-    return Inventory(tuple(environment["gpus"]), environment["cpu_model"], environment["versions"])
 
 
 def table(result: Result) -> str:

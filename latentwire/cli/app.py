@@ -14,6 +14,7 @@ from latentwire.cli.config import config
 from latentwire.cli.control import cancel, preempt
 from latentwire.cli.events import events
 from latentwire.cli.logs import logs
+from latentwire.cli.plan import plan
 from latentwire.cli.starting import run, submit
 
 app = typer.Typer(
@@ -50,6 +51,7 @@ def _listed_here_run_by_main() -> None:
 
 app.command()(run)
 app.command()(submit)
+app.command()(plan)
 app.command()(logs)
 app.command()(events)
 app.command()(preempt)

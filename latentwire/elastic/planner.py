@@ -1,14 +1,24 @@
-"""What an attempt runs on: how many ranks, on which devices, with which micro-batch. Pure."""
+"""What an attempt runs on: how many ranks, on which devices, with which micro-batch. Pure.
+
+The fastest of the candidates that fit wins, of equally fast ones that with the fewest GPUs.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from latentwire.config import Config
+from latentwire.elastic import words
+from latentwire.elastic.candidates import Candidate, Job, candidates
+from latentwire.elastic.footprint import Footprint
+from latentwire.elastic.inventory import Inventory
 from latentwire.elastic.schedule import MAX_REPLICAS
 from latentwire.errors import ConfigError
+
+_EQUALLY_FAST = 1e-9
+"""Relative: sums in another order."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,44 +78,115 @@ class Placement:
         return {name: tuple(self.devices[rank][p] for p in places) for name, places in self.modules.items()}
 
 
-def plan(
-    config: Config, gpus: Sequence[str], halvings: int, num_nodes: int = 1, num_gpus: int | None = None
-) -> Placement:
-    """One rank a device; the models of a rank on one device. All nodes are taken to be like this one.
+@dataclasses.dataclass(frozen=True)
+class Weighed:
+    """All candidates of a job, and the one that wins.
+
+    Attributes:
+        job: what was planned for.
+        candidates: the fewest GPUs first.
+        chosen: None where none fits.
+    """
+
+    job: Job
+    candidates: tuple[Candidate, ...]
+    chosen: Candidate | None
+
+    @property
+    def why(self) -> str:
+        """In words: why this one and not the others; or what is missing, and the cure."""
+        if self.chosen is None:
+            return words.nothing_fits(self.job, self.candidates)
+        return words.why(self.job, self.chosen, [each for each in self.candidates if each is not self.chosen])
+
+    def placement(self) -> Placement:
+        """The chosen one.
+
+        Raises:
+            ConfigError: none fits.
+        """
+        chosen = self.chosen
+        if chosen is None:
+            raise ConfigError(self.why)
+        return Placement(
+            devices=tuple(tuple(f"cuda:{gpu}" for gpu in gpus) or ("cpu",) for gpus in chosen.gpus),
+            nodes=chosen.nodes,
+            modules=chosen.modules,
+            micro_batch=chosen.micro_batch,
+            num_micro_batches=chosen.num_micro_batches,
+            probe=bool(self.job.gpus) and self.job.is_free,
+            gradient_checkpointing=chosen.gradient_checkpointing,
+            samples_per_s=chosen.samples_per_s,
+            peak_bytes=chosen.peak_bytes,
+            why=self.why,
+        )
+
+
+def weigh(
+    config: Config,
+    inventory: Inventory,
+    footprint: Footprint | None,
+    halvings: int = 0,
+    num_nodes: int = 1,
+    num_gpus: int | None = None,
+    micro_batch: int | None = None,
+) -> Weighed:
+    """All that can be done with the GPUs, and what is best. All nodes are taken to be like this one.
 
     Args:
         config: the run's.
-        gpus: names of the GPUs that the job sees on this node; empty: the CPU computes.
-        halvings: how often the run went out of memory so far; each halves the micro-batch and keeps the global batch.
+        inventory: of this node.
+        footprint: what the workload takes; None: one GPU for each rank, and nothing is expected.
+        halvings: how often the micro-batch is to be halved, as the run went out of memory; the global batch stays.
         num_nodes: of the job.
         num_gpus: that the scheduler gave the job on each node, also where no GPU is seen; None: all that it sees.
+        micro_batch: what an earlier attempt found for ``train.micro_batch: auto``.
 
     Raises:
-        ConfigError: more ranks than GPUs, or a micro-batch that cannot be halved again.
+        ConfigError: more ranks or GPUs than there are, or a micro-batch that cannot be halved again.
     """
+    gpus = inventory.gpus
     on_each = len(gpus) if num_gpus is None else min(num_gpus, len(gpus) or num_gpus)
-    ranks = config.elastic.num_ranks or min(max(1, on_each) * num_nodes, MAX_REPLICAS)
-    if ranks > MAX_REPLICAS:
-        raise ConfigError(f"elastic.num_ranks is {ranks}; at most {MAX_REPLICAS} ranks give the same bits")
-    nodes = tuple(rank * num_nodes // ranks for rank in range(ranks))
-    local_ranks = [rank - nodes.index(node) for rank, node in enumerate(nodes)]
-    if gpus and max(local_ranks) >= len(gpus):
-        where = " on each node" if num_nodes > 1 else ""
-        raise ConfigError(f"elastic.num_ranks is {ranks} and the job sees {len(gpus)} GPUs{where} ({', '.join(gpus)})")
-    micro_batch = 8 if config.train.micro_batch == "auto" else config.train.micro_batch
-    num_micro_batches = config.train.global_batch // micro_batch
-    for _ in range(halvings):
-        if micro_batch % 2:
+    num_ranks = config.elastic.num_ranks or min(max(1, on_each) * num_nodes, MAX_REPLICAS)
+    if num_ranks > MAX_REPLICAS:
+        raise ConfigError(f"elastic.num_ranks is {num_ranks}; at most {MAX_REPLICAS} ranks give the same bits")
+    usable = gpus[:on_each]
+    if any(gpu.is_mig for gpu in usable):
+        _refuse_slices(config, num_nodes)
+        usable, num_ranks = usable[:1], min(num_ranks, num_nodes)
+    job = Job(config, usable, num_ranks, num_nodes, footprint, halvings, micro_batch)
+    found = tuple(candidates(job))
+    fitting = [candidate for candidate in found if candidate.fits]
+    best = max((candidate.pace for candidate in fitting), default=0.0)
+    chosen = next((candidate for candidate in fitting if candidate.pace >= best * (1 - _EQUALLY_FAST)), None)
+    return Weighed(job, found, chosen)
+
+
+def plan(
+    config: Config,
+    inventory: Inventory,
+    footprint: Footprint | None,
+    halvings: int = 0,
+    num_nodes: int = 1,
+    num_gpus: int | None = None,
+    micro_batch: int | None = None,
+) -> Placement:
+    """The placement of an attempt. Called by the agent; arguments as ``weigh``.
+
+    Raises:
+        ConfigError: as ``weigh``; or nothing fits.
+    """
+    return weigh(config, inventory, footprint, halvings, num_nodes, num_gpus, micro_batch).placement()
+
+
+def _refuse_slices(config: Config, num_nodes: int) -> None:
+    """A process sees one MIG slice, and NCCL joins none of one GPU."""
+    for key, value, most in (
+        ("num_ranks", config.elastic.num_ranks, num_nodes),
+        ("gpus_per_replica", config.elastic.gpus_per_replica, 1),
+    ):
+        if value is not None and value > most:
             raise ConfigError(
-                f"out of memory with a micro-batch of {micro_batch}, which cannot be halved: set train.micro_batch to "
-                "a power of two, or turn on train.gradient_checkpointing, or use a larger GPU"
+                f"elastic.{key} is {value}, and the job has MIG slices, of which a process sees one: set it to {most} "
+                "or null, or ask for whole GPUs"
             )
-        micro_batch, num_micro_batches = micro_batch // 2, num_micro_batches * 2
-    devices = tuple((f"cuda:{local}" if gpus else "cpu",) for local in local_ranks)
-    why = f"{ranks} of {len(gpus) * num_nodes} GPUs" if gpus else f"no GPU: {ranks} on the CPU"
-    if num_nodes > 1:
-        why += f", {num_nodes} nodes"
-    if halvings:
-        why += f"; micro-batch halved {halvings} times after running out of memory, so bits may differ from there on"
-    checkpointing = config.train.gradient_checkpointing is True
-    return Placement(devices, nodes, {}, micro_batch, num_micro_batches, False, checkpointing, None, None, why)

@@ -39,13 +39,15 @@ THROTTLE_REASONS = {
 
 @dataclass(frozen=True)
 class GPU:
-    """One GPU of this machine."""
+    """One GPU of this machine, or a slice of one that is in MIG mode."""
 
     index: int
-    """NVML's number: PCI bus order, not narrowed by CUDA_VISIBLE_DEVICES."""
+    """NVML's number: PCI bus order, not narrowed by CUDA_VISIBLE_DEVICES. The slices of a GPU share it."""
     uuid: str
     name: str
     memory_bytes: int
+    is_mig: bool = False
+    """A MIG slice, of which CUDA shows a process one and no other GPU."""
 
 
 def list_gpus(
@@ -180,20 +182,37 @@ class _Opened:
         for index in range(nvml.nvmlDeviceGetCount()):
             try:
                 handle = nvml.nvmlDeviceGetHandleByIndex(index)
-                uuid, name = nvml.nvmlDeviceGetUUID(handle), nvml.nvmlDeviceGetName(handle)
-                memory_bytes = int(nvml.nvmlDeviceGetMemoryInfo(handle).total)
+                slices = self._slices(handle)
+                found = [self._identify(index, each, bool(slices)) for each in slices or [handle]]
             except nvml.NVMLError as error:
                 # Another job's GPU, which this one has no permission to read, is no loss.
                 if self.means_lost(error):
                     self.lost.append({"index": index, "reason": str(error)})
             else:
-                self.devices.append((GPU(index, uuid, name, memory_bytes), handle))
+                self.devices += found
+
+    def _slices(self, gpu: Nvml) -> list[Nvml]:
+        """The MIG slices of a GPU, none of one that is not in MIG mode."""
+        nvml, slices = self.nvml, []
+        try:
+            mode, _ = nvml.nvmlDeviceGetMigMode(gpu)
+            places = nvml.nvmlDeviceGetMaxMigDeviceCount(gpu) if mode == nvml.NVML_DEVICE_MIG_ENABLE else 0
+        except nvml.NVMLError:
+            return []  # a chip that has no such mode
+        for place in range(places):
+            with suppress(nvml.NVMLError):  # nothing was made in this place
+                slices.append(nvml.nvmlDeviceGetMigDeviceHandleByIndex(gpu, place))
+        return slices
+
+    def _identify(self, index: int, handle: Nvml, is_mig: bool) -> tuple[GPU, Nvml]:
+        uuid, name = self.nvml.nvmlDeviceGetUUID(handle), self.nvml.nvmlDeviceGetName(handle)
+        return GPU(index, uuid, name, int(self.nvml.nvmlDeviceGetMemoryInfo(handle).total), is_mig), handle
 
     def _named(self, token: str) -> list[tuple[GPU, Nvml]]:
-        """The devices of an index or of a UUID, which CUDA lets be shortened."""
-        if token.startswith("GPU-"):
+        """The devices of an index, or of a UUID, which CUDA lets be shortened; of a GPU in slices the first slice."""
+        if token.startswith(("GPU-", "MIG-")):
             return [device for device in self.devices if device[0].uuid.startswith(token)]
-        return [device for device in self.devices if str(device[0].index) == token]
+        return [device for device in self.devices if str(device[0].index) == token][:1]
 
     def _pick(self, wanted: Sequence[str], reason: str) -> list[tuple[GPU, Nvml]]:
         picked: list[tuple[GPU, Nvml]] = []

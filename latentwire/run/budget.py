@@ -78,9 +78,9 @@ def committed_step(attempt: Attempt) -> int:
     return max((step for step in steps if isinstance(step, int)), default=0)
 
 
-def num_halvings(run: Run) -> int:
-    """How often the run went out of memory: so often its micro-batch is halved."""
-    return sum(verdict_of(attempt).cause == "oom" for attempt in run.attempts())
+def num_halvings(run: Run, since: int = 0) -> int:
+    """How often the run went out of memory from that attempt on: so often its micro-batch is halved."""
+    return sum(verdict_of(attempt).cause == "oom" for attempt in run.attempts() if attempt.number >= since)
 
 
 def next_move(run: Run, retry: RetrySection) -> Move:

@@ -165,7 +165,7 @@ def _submit_locally(run: Run, number: int) -> None:
 
     section = run.config().scheduler
     wanted = None if section.gpus is None else section.ladder[0]
-    gpus = [gpu.index for gpu in list_gpus()][:wanted]  # those that CUDA_VISIBLE_DEVICES lets us see
+    gpus = list(dict.fromkeys(gpu.index for gpu in list_gpus()))[:wanted]  # that CUDA_VISIBLE_DEVICES lets us see
     executor = submitit.LocalExecutor(folder=run.path / "submitit" / "%j")
     executor.update_parameters(timeout_min=_YEAR_MIN, gpus_per_node=len(gpus), visible_gpus=tuple(gpus))
     job = executor.submit(TrainingJob(str(run.path), "local"))

@@ -14,8 +14,9 @@ import time
 from collections.abc import Iterable
 
 from latentwire import __version__
+from latentwire.elastic.footprint import footprint_of
 from latentwire.elastic.inventory import Inventory
-from latentwire.elastic.planner import plan
+from latentwire.elastic.planner import Placement, plan
 from latentwire.errors import ConfigError, Fenced, RunBusy
 from latentwire.monitor.rollup import summarise
 from latentwire.preemption.forecast import Grace, as_event, forecast, measured_before
@@ -140,7 +141,7 @@ class _Supervision:
     def _start_and_watch(self) -> Verdict:
         inventory, job = take_inventory(), self.allocation
         self._record_environment(inventory)
-        placement = plan(self.config, inventory.gpus, num_halvings(self.run), job.num_nodes, job.num_gpus)
+        placement = self._plan(inventory)
         write_json(self.attempt.path / "placement.json", dataclasses.asdict(placement))
         self.journal.event("placed", devices=placement.devices, micro_batch=placement.micro_batch, why=placement.why)
         rendezvous = Rendezvous("127.0.0.1" if job.num_nodes == 1 else job.address(), _free_port())
@@ -150,6 +151,19 @@ class _Supervision:
         self.processes.start(placement, rendezvous)
         self._forecast()  # when the ranks are on their way: the scheduler may take its time to answer
         return self._watch()
+
+    def _plan(self, inventory: Inventory) -> Placement:
+        found = read_json(self.run.path / "micro_batch.json")  # what the ranks of an earlier attempt made of ``auto``
+        recorded = found if isinstance(found, dict) else {}
+        return plan(
+            self.config,
+            inventory,
+            footprint_of(self.config),
+            halvings=num_halvings(self.run, since=recorded.get("attempt", 0)),
+            num_nodes=self.allocation.num_nodes,
+            num_gpus=self.allocation.num_gpus,
+            micro_batch=recorded.get("micro_batch"),
+        )
 
     def _record_environment(self, inventory: Inventory) -> None:
         earlier = [read_json(a.path / "environment.json") for a in self.run.attempts() if a != self.attempt]

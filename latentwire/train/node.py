@@ -12,13 +12,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
 from latentwire.config import Config
-from latentwire.elastic.inventory import Inventory, cpu_model
+from latentwire.elastic.inventory import Device, Inventory, cpu_model
 from latentwire.elastic.planner import Placement
-from latentwire.monitor.gpu import list_gpus
+from latentwire.monitor.gpu import GPU, list_gpus
 from latentwire.preemption.handler import EXIT_CODE, Notice, PreemptionHandler, blocked
 from latentwire.run.atomic import read_json, write_json
 from latentwire.run.budget import Verdict
@@ -220,12 +221,17 @@ def write_environment(attempt: Attempt, allocation: Allocation, inventory: Inven
     write_json(attempt.path / f"environment{node_suffix(allocation)}.json", facts)
 
 
+def as_devices(gpus: Iterable[GPU]) -> tuple[Device, ...]:
+    """What the planner wants to know of the GPUs that the driver names."""
+    return tuple(Device(gpu.name, gpu.memory_bytes, gpu.is_mig) for gpu in gpus)
+
+
 def take_inventory() -> Inventory:
     """What this node has. Called by the agents; asks the GPU driver, not torch."""
     packages = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
     cpuinfo = Path("/proc/cpuinfo")
     return Inventory(
-        gpus=tuple(gpu.name for gpu in list_gpus()),
+        gpus=as_devices(list_gpus()),
         cpu_model=cpu_model(cpuinfo.read_text().splitlines() if cpuinfo.exists() else []),
         versions={package: metadata.version(package) for package in packages},
     )

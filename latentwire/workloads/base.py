@@ -10,6 +10,12 @@ A pydantic model named ``Options`` beside the class, where there is one, checks 
 loaded; keep that module free of torch at import (load the class lazily) so that the orchestrator stays small. So does a
 function ``export_config(options, shapes)``, where there is one: from the options and the shapes of the weights by name
 it makes the ``config.json`` that ``latentwire checkpoints export`` writes beside them.
+
+A third, ``footprint(options, train)``, where there is one, gives the ``elastic.footprint.Footprint`` of the workload
+from its options and the config's ``train`` section, or None where it cannot know it yet. It must be quick and load no
+torch: the agent and ``latentwire plan`` call it. From it the planner works out over how many GPUs a replica is laid,
+with which micro-batch, and how fast that is; the names of its frozen modules come back in ``BuildContext.devices``.
+Without it each rank has one GPU with all on it, and nothing is expected.
 """
 
 from __future__ import annotations

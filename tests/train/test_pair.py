@@ -17,8 +17,8 @@ import torch
 from latentwire.errors import WorkloadError
 from latentwire.workloads.base import BuildContext, Workload
 from latentwire.workloads.pair import PairWorkload
+from latentwire.workloads.pair.families import FAMILIES
 from latentwire.workloads.pair.folders import make_once
-from latentwire.workloads.pair.shapes import FAMILIES
 
 REPOSITORY = Path(__file__).parents[2]
 TINY = {"init": "random", "shape": "tiny"}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
-from running import trained_steps
+from running import make_run, run_agent, trained_steps
 
 from latentwire.checkpoint import reader
 from latentwire.run.directory import Run
@@ -30,6 +31,17 @@ def test_an_attempt_has_all_its_files(calm: Run) -> None:
     assert all(host["memory_total_bytes"] > 0 for host in samples)
     for rollup in ("metrics.json", "gpu_stats.json"):
         assert json.loads((calm.path / rollup).read_text())
+
+
+def test_a_micro_batch_that_was_found_before_is_kept(tmp_path: Path) -> None:
+    run = make_run(tmp_path, overrides=("train.micro_batch=auto", "train.steps=5", "train.eval_every=null"))
+    (run.path / "micro_batch.json").write_text(json.dumps({"micro_batch": 4, "attempt": 1}))
+    assert run_agent(run) == "finished"
+    (attempt,) = run.attempts()
+    placement = json.loads((attempt.path / "placement.json").read_text())
+    assert (placement["micro_batch"], placement["num_micro_batches"], placement["probe"]) == (4, 4, False)
+    (placed,) = [event for event in attempt.events() if event["event"] == "placed"]
+    assert (placed["micro_batch"], placed["why"]) == (4, placement["why"])
 
 
 def test_every_step_has_its_line_of_metrics(calm: Run) -> None:

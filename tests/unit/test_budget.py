@@ -79,6 +79,7 @@ def test_every_time_out_of_memory_halves_the_micro_batch(run: Run) -> None:
     end_attempt(run, "preempted")
     end_attempt(run, "failed", "oom", committed=2)
     assert num_halvings(run) == 2
+    assert [num_halvings(run, since=number) for number in (1, run.newest_number() + 1)] == [2, 0]
 
 
 def test_an_attempt_without_a_word_is_lost(run: Run) -> None:

@@ -24,7 +24,8 @@ def test_version(home: Path) -> None:
 
 def test_help_names_every_command(home: Path) -> None:
     text = printed(home, "--help")
-    for command in ("status", "logs", "events", "config", "checkpoints", "preempt", "cancel", "drill", "checklist"):
+    commands = "status logs events plan config checkpoints preempt cancel drill checklist"
+    for command in commands.split():
         assert f"\n  {command} " in text
 
 
@@ -33,6 +34,7 @@ def test_help_names_every_command(home: Path) -> None:
     [
         ("status", "--json --runs-dir"),
         ("checkpoints", "ls verify inspect diff export prune"),
+        ("plan", "--gpus --nodes --json"),
         ("drill", "--json --keep"),
         ("checklist run", "--only --write"),
     ],

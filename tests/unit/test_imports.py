@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -23,7 +24,7 @@ def modules_after(statement: str) -> set[str]:
     ["latentwire", "latentwire.run.status", "latentwire.config", "latentwire.preemption.handler",
      "latentwire.checkpoint.manager", "latentwire.checkpoint.mirror", "latentwire.train.agent",
      "latentwire.monitor", "latentwire.monitor.gpu",
-     "latentwire.elastic.planner", "latentwire.errors"],
+     "latentwire.elastic.planner", "latentwire.workloads.pair.footprint", "latentwire.errors"],
 )  # fmt: skip
 def test_rooms_without_torch_load_none_of_the_heavy_packages(module: str) -> None:
     assert modules_after(f"import {module}") & HEAVY == set()
@@ -38,6 +39,19 @@ def test_a_config_of_the_pair_is_checked_without_torch() -> None:
     tree = {"name": "a", "workload": {"target": "latentwire.workloads.pair:PairWorkload", "options": PAIR}}
     statement = f"from latentwire.config import parse_config; parse_config({tree!r}, 'here')"
     assert modules_after(statement) & HEAVY == set()
+
+
+def test_a_plan_of_the_pair_is_made_without_torch() -> None:
+    config = Path(__file__).parents[2] / "configs" / "pair_llama31_8b_qwen25_7b.yaml"
+    arguments = ["latentwire", "plan", str(config), "--gpus", "4xH100-80GB"]
+    statement = (
+        f"import contextlib, sys; sys.argv = {arguments!r}\n"
+        "from latentwire.cli.main import main\n"
+        "with contextlib.suppress(SystemExit): main()"
+    )
+    loaded = modules_after(statement)
+    assert loaded & HEAVY == set()
+    assert {"latentwire.elastic.planner", "latentwire.workloads.pair.footprint"} <= loaded
 
 
 PAIR = {

@@ -18,16 +18,19 @@ GIB = 1 << 30
 NOT_SUPPORTED = pynvml.NVML_ERROR_NOT_SUPPORTED
 LOST = pynvml.NVML_ERROR_GPU_IS_LOST
 UUIDS = ("GPU-aaaa1111", "GPU-aabb2222", "GPU-cccc3333")
+SLICES = {"MIG-1111": 71 * GIB, "MIG-2222": 18 * GIB}
 
 
 class FakeNVML:
     """Three GPUs behind pynvml's names; constants, structures and errors are the real ones.
 
-    ``failing`` maps a call's name, or (name, GPU index), to the error code that it gives.
+    ``failing`` maps a call's name, or (name, GPU index), to the error code that it gives. A GPU of ``sliced`` is in MIG
+    mode, with room for four slices and two of them made; a slice's handle is its UUID.
     """
 
-    def __init__(self, *, has_gpm: bool = True) -> None:
+    def __init__(self, *, has_gpm: bool = True, sliced: tuple[int, ...] = ()) -> None:
         self.has_gpm = has_gpm
+        self.sliced = sliced
         self.failing: dict[str | tuple[str, int], int] = {}
         self.num_open = 0
         self.num_gpm_samples = 0
@@ -55,13 +58,28 @@ class FakeNVML:
         self._check("nvmlDeviceGetHandleByIndex", index)
         return index
 
-    def nvmlDeviceGetUUID(self, handle: int) -> str:
-        return UUIDS[handle]
+    def nvmlDeviceGetMigMode(self, handle: int) -> list[int]:
+        self._check("nvmlDeviceGetMigMode", handle)
+        mode = pynvml.NVML_DEVICE_MIG_ENABLE if handle in self.sliced else pynvml.NVML_DEVICE_MIG_DISABLE
+        return [mode, mode]
 
-    def nvmlDeviceGetName(self, handle: int) -> str:
-        return "NVIDIA H200"
+    def nvmlDeviceGetMaxMigDeviceCount(self, handle: int) -> int:
+        return 4
 
-    def nvmlDeviceGetMemoryInfo(self, handle: int) -> SimpleNamespace:
+    def nvmlDeviceGetMigDeviceHandleByIndex(self, handle: int, place: int) -> str:
+        if place % 2:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
+        return list(SLICES)[place // 2]
+
+    def nvmlDeviceGetUUID(self, handle: int | str) -> str:
+        return handle if isinstance(handle, str) else UUIDS[handle]
+
+    def nvmlDeviceGetName(self, handle: int | str) -> str:
+        return f"NVIDIA H200 MIG {handle}" if isinstance(handle, str) else "NVIDIA H200"
+
+    def nvmlDeviceGetMemoryInfo(self, handle: int | str) -> SimpleNamespace:
+        if isinstance(handle, str):
+            return SimpleNamespace(used=GIB, total=SLICES[handle])
         self._check("nvmlDeviceGetMemoryInfo", handle)
         return SimpleNamespace(used=8 * GIB, total=140 * GIB)
 
@@ -232,6 +250,22 @@ def test_an_explicit_list_overrides_the_environment() -> None:
         list_gpus(["3"], nvml=FakeNVML(), environ={})
 
 
+def test_a_gpu_in_mig_mode_is_its_slices() -> None:
+    nvml = FakeNVML(sliced=(1,))
+    gpus = list_gpus(nvml=nvml, environ={})
+    assert [(gpu.index, gpu.uuid, gpu.memory_bytes, gpu.is_mig) for gpu in gpus] == [
+        (0, UUIDS[0], 140 * GIB, False),
+        (1, "MIG-1111", 71 * GIB, True),
+        (1, "MIG-2222", 18 * GIB, True),
+        (2, UUIDS[2], 140 * GIB, False),
+    ]
+    chosen = {"MIG-2222": ["MIG-2222"], "1": ["MIG-1111"]}
+    for visible, uuids in chosen.items():
+        assert [gpu.uuid for gpu in list_gpus(nvml=nvml, environ={"CUDA_VISIBLE_DEVICES": visible})] == uuids
+    nvml.failing["nvmlDeviceGetMigMode"] = NOT_SUPPORTED
+    assert not any(gpu.is_mig for gpu in list_gpus(nvml=nvml, environ={}))
+
+
 def test_without_a_driver_there_are_no_gpus() -> None:
     nvml = FakeNVML()
     nvml.failing["nvmlInit"] = pynvml.NVML_ERROR_DRIVER_NOT_LOADED
@@ -264,6 +298,7 @@ def test_the_loop_does_not_drift_and_records_a_lost_gpu(tmp_path: Path) -> None:
     assert [record.get("event") for record in records] == [
         "monitor_started", None, "gpu_lost", None, None, None, None, "monitor_stopped"
     ]  # fmt: skip
-    assert records[0]["gpus"][2] == {"index": 2, "uuid": UUIDS[2], "name": "NVIDIA H200", "memory_bytes": 140 * GIB}
+    third = {"index": 2, "uuid": UUIDS[2], "name": "NVIDIA H200", "memory_bytes": 140 * GIB, "is_mig": False}
+    assert records[0]["gpus"][2] == third
     assert [len(record["gpus"]) for record in records if "host" in record] == [3, 2, 2, 2, 2]
     assert [record["time"] for record in records if "host" in record] == [101.3, 102.3, 108.3, 109.3, 110.3]

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import json
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentwire.config import Config, parse_config
-from latentwire.elastic.inventory import Inventory, cpu_model
-from latentwire.elastic.planner import Placement, plan
 from latentwire.elastic.schedule import MAX_REPLICAS, canonical_sum, micro_batches_of, num_slots, segments
-from latentwire.errors import ConfigError
 from latentwire.train.order import SampleOrder, derive_seed
 
 REPLICAS = range(1, MAX_REPLICAS + 1)
@@ -147,88 +140,3 @@ def test_seeds_are_of_63_bits_and_follow_from_their_parts(parts: list[int | str]
     assert 0 <= derive_seed(*parts) < 2**63
     assert derive_seed(*parts) == derive_seed(*parts)
     assert derive_seed(*parts) != derive_seed(*parts, 0)
-
-
-# ---- Placement -------------------------------------------------------------------------------------------------------
-
-
-def config(num_ranks: int | None = 1, micro_batch: int = 8) -> Config:
-    tree = {
-        "name": "plan",
-        "workload": {"target": "json:JSONDecoder"},
-        "train": {"micro_batch": micro_batch, "global_batch": 4 * micro_batch},
-        "elastic": {"num_ranks": num_ranks},
-    }
-    return parse_config(tree, "test")
-
-
-@pytest.mark.parametrize("halvings", [0, 1, 2, 3])
-def test_halving_keeps_the_global_batch(halvings: int) -> None:
-    placement = plan(config(), ["H200"], halvings)
-    assert placement.micro_batch == 8 // 2**halvings
-    assert placement.micro_batch * placement.num_micro_batches == 32
-
-
-@pytest.mark.parametrize(("micro_batch", "halvings"), [(8, 4), (6, 2), (1, 1)])
-def test_a_micro_batch_that_cannot_be_halved_is_an_error_with_a_cure(micro_batch: int, halvings: int) -> None:
-    with pytest.raises(ConfigError, match=r"cannot be halved.*power of two"):
-        plan(config(micro_batch=micro_batch), [], halvings)
-
-
-def test_ranks_take_one_device_each() -> None:
-    assert plan(config(3), ["a", "b", "c", "d"], 0).devices == (("cuda:0",), ("cuda:1",), ("cuda:2",))
-    assert plan(config(2), [], 0).devices == (("cpu",), ("cpu",))
-    assert plan(config(2), [], 0).world_size == 2
-
-
-@pytest.mark.parametrize(("num_ranks", "gpus"), [(3, ["a", "b"]), (MAX_REPLICAS + 1, []), (5, ["a"] * 8)])
-def test_more_ranks_than_there_is_room_for(num_ranks: int, gpus: list[str]) -> None:
-    with pytest.raises(ConfigError, match=r"elastic\.num_ranks"):
-        plan(config(num_ranks), gpus, 0)
-
-
-@pytest.mark.parametrize(
-    ("num_ranks", "gpus", "num_nodes", "num_gpus", "devices", "nodes"),
-    [
-        (None, ["H200"] * 2, 2, 2, ["cuda:0", "cuda:1", "cuda:0", "cuda:1"], [0, 0, 1, 1]),
-        (None, [], 2, 2, ["cpu"] * 4, [0, 0, 1, 1]),
-        (None, [], 1, 4, ["cpu"] * 4, [0] * 4),
-        (None, [], 1, None, ["cpu"], [0]),
-        (None, [], 2, None, ["cpu"] * 2, [0, 1]),
-        (None, ["H200"] * 4, 1, 2, ["cuda:0", "cuda:1"], [0, 0]),
-        (None, ["H200"] * 4, 2, 4, ["cuda:0", "cuda:1", "cuda:0", "cuda:1"], [0, 0, 1, 1]),
-        (3, ["H200"] * 2, 2, 2, ["cuda:0", "cuda:1", "cuda:0"], [0, 0, 1]),
-        (1, ["H200"] * 2, 2, 2, ["cuda:0"], [0]),
-    ],
-)
-def test_ranks_are_spread_over_nodes_in_order(
-    num_ranks: int | None,
-    gpus: list[str],
-    num_nodes: int,
-    num_gpus: int | None,
-    devices: list[str],
-    nodes: list[int],
-) -> None:
-    placement = plan(config(num_ranks), gpus, 0, num_nodes, num_gpus)
-    assert ([device for (device,) in placement.devices], list(placement.nodes)) == (devices, nodes)
-    assert [rank for node in range(num_nodes) for rank in placement.ranks_on(node)] == list(range(len(devices)))
-    assert Placement.from_json(json.loads(json.dumps(dataclasses.asdict(placement)))) == placement
-
-
-def test_more_ranks_than_a_node_has_room_for() -> None:
-    with pytest.raises(ConfigError, match="the job sees 1 GPUs on each node"):
-        plan(config(4), ["H200"], 0, num_nodes=2, num_gpus=1)
-
-
-def test_an_inventory_says_what_may_change_bits() -> None:
-    now = Inventory(("H200", "H200"), "EPYC", {"torch": "2.13.0"})
-    assert now.changes_since({"gpus": ["H200"], "cpu_model": "EPYC", "versions": {"torch": "2.13.0"}}) == []
-    changes = now.changes_since({"gpus": ["A100"], "cpu_model": "Xeon", "versions": {"torch": "2.12.0"}})
-    assert [change.partition(":")[0] for change in changes] == ["gpus", "cpu_model", "versions"]
-    assert len(now.changes_since({})) == 3
-
-
-def test_the_processor_of_this_machine_has_a_name() -> None:
-    assert cpu_model(["processor : 0\n", "model name\t: Some CPU @ 2 GHz\n"]) == "Some CPU @ 2 GHz"
-    assert cpu_model([]) == "unknown"
-    assert cpu_model(Path("/proc/cpuinfo").read_text().splitlines())

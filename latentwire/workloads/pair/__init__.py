@@ -3,8 +3,8 @@
 A byte-level encoder turns a source text into ``latent_len`` vectors; an adapter per model maps them into that model's
 embedding space; each frozen model then predicts the target text after this soft prefix. Only the wire is trained.
 
-Importing this module imports no torch: ``Options`` and ``export_config`` are eager, ``PairWorkload`` is loaded
-when it is first asked for.
+Importing this module imports no torch: ``Options``, ``export_config`` and ``footprint`` are eager, ``PairWorkload`` is
+loaded when it is first asked for.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from latentwire.workloads.pair.exporting import export_config
+from latentwire.workloads.pair.footprint import footprint
 from latentwire.workloads.pair.options import Options
 
 if TYPE_CHECKING:
     from latentwire.workloads.pair.workload import PairWorkload
 
-__all__ = ["Options", "PairWorkload", "export_config"]
+__all__ = ["Options", "PairWorkload", "export_config", "footprint"]
 
 
 def __getattr__(name: str) -> Any:

@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from latentwire.errors import WorkloadError
 from latentwire.workloads.base import BuildContext
 from latentwire.workloads.pair.data import pydoc_passages
+from latentwire.workloads.pair.families import FAMILIES, Family
 from latentwire.workloads.pair.folders import INDEX, WEIGHTS, make_once
 from latentwire.workloads.pair.frozen import FrozenModel, device_of_layer, error_function, trained_through
 from latentwire.workloads.pair.options import ModelOptions
-from latentwire.workloads.pair.shapes import FAMILIES, Family
 from latentwire.workloads.pair.tokenizer import DIALECTS, make_script, train_tokenizer
 
 DOWNLOADED = ("*.safetensors", "*.json", "*.txt", "*.jinja")

@@ -1,12 +1,10 @@
-"""The shapes of the two model families: the published ones, and tiny ones for machines without weights."""
+"""Numbers of the two model families: the published ones, and tiny ones for machines without weights."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
-
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 TINY: Mapping[str, Any] = {
     "hidden_size": 128,
@@ -53,16 +51,15 @@ QWEN25_7B: Mapping[str, Any] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Family:
-    """One architecture of transformers.
+class Shapes:
+    """The numbers of one model family.
 
     Attributes:
         model_type: what ``config.json`` of such a model says.
+        full: what it says of the published model.
         tiny_vocab: size of the tokenizer that is trained for a random model of this family.
     """
 
-    config_class: type[PreTrainedConfig]
-    model_class: type[PreTrainedModel]
     model_type: str
     full: Mapping[str, Any]
     tiny_vocab: int
@@ -71,14 +68,9 @@ class Family:
         """What the config of the named shape, ``tiny`` or ``full``, says."""
         return dict(self.full) if shape == "full" else {**TINY, "vocab_size": self.tiny_vocab}
 
-    def config(self, shape: str) -> PreTrainedConfig:
-        """The config of the named shape, with weights that are not tied; token ids are the tokenizer's business."""
-        fixed = {"tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None}
-        return self.config_class(**self.numbers(shape), **fixed)
-
 
 # The two vocabularies differ in size, as the real ones do, so that mixing them up cannot go unnoticed.
-FAMILIES: Mapping[str, Family] = {
-    "llama": Family(LlamaConfig, LlamaForCausalLM, "llama", LLAMA_31_8B, tiny_vocab=1024),
-    "qwen": Family(Qwen2Config, Qwen2ForCausalLM, "qwen2", QWEN25_7B, tiny_vocab=1152),
+SHAPES: Mapping[str, Shapes] = {
+    "llama": Shapes("llama", LLAMA_31_8B, tiny_vocab=1024),
+    "qwen": Shapes("qwen2", QWEN25_7B, tiny_vocab=1152),
 }

@@ -14,10 +14,10 @@ from latentwire.errors import WorkloadError
 from latentwire.workloads.base import BuildContext, StepReport
 from latentwire.workloads.pair.batch import Collator, PairBatch, TargetBatch
 from latentwire.workloads.pair.data import Pair, PairData, load_pairs
+from latentwire.workloads.pair.families import FAMILIES
 from latentwire.workloads.pair.frozen import FrozenModel
 from latentwire.workloads.pair.models import load_frozen
 from latentwire.workloads.pair.options import Options
-from latentwire.workloads.pair.shapes import FAMILIES
 from latentwire.workloads.pair.wire import LatentWire
 
 

@@ -1,0 +1,161 @@
+"""A plan in words: why this one, why not the others, and what to change where none fits. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+from latentwire.elastic.candidates import Candidate, Job, candidates
+from latentwire.elastic.inventory import GB
+from latentwire.elastic.schedule import MAX_REPLICAS
+from latentwire.errors import ConfigError
+
+_NO_GAIN = "no faster, with more GPUs"
+_HIGHEST_TARGET = 0.85
+"""That the config allows."""
+
+
+def layout(candidate: Candidate) -> str:
+    """``4 whole replicas``; ``2 replicas, llama 0 | qwen 1``: modules and their places within a replica."""
+    number = f"{candidate.num_ranks} {{}}replica{'s' if candidate.num_ranks > 1 else ''}"
+    places = candidate.modules.values()
+    if len({place for each in places for place in each}) < 2:
+        return number.format("whole ")
+    at = {name: "-".join(str(p) for p in sorted({each[0], each[-1]})) for name, each in candidate.modules.items()}
+    by_place: dict[str, list[str]] = {}
+    for name, where in at.items():
+        by_place.setdefault(where, []).append(name)
+    parts = [f"{' + '.join(names)} {where}" for where, names in by_place.items()]
+    return f"{number.format('')}, {' | '.join(parts)}"
+
+
+def in_gb(num_bytes: int) -> str:
+    """``70.1 GB``."""
+    return f"{num_bytes / GB:.1f} GB"
+
+
+def why_not(candidate: Candidate, chosen: Candidate | None) -> str:
+    """Why a candidate was not chosen; None: none was."""
+    if not candidate.fits or chosen is None:
+        place = _worst_place(candidate)
+        return f"{in_gb(candidate.missing_bytes[place])} too much on GPU {candidate.smallest_gpus[place]}"
+    return f"{chosen.pace / candidate.pace:.2f} times slower" if _is_slower(candidate, chosen) else _NO_GAIN
+
+
+def why(job: Job, chosen: Candidate, others: Sequence[Candidate]) -> str:
+    """Why this one and none of the others."""
+    clauses = [_what(job, chosen), *_expected(job, chosen)]
+    fitting = [each for each in others if each.fits]
+    slower = [each for each in fitting if _is_slower(each, chosen)]
+    for kind, named in (
+        ("slower", [f"{layout(each)} ({chosen.pace / each.pace:.2f} times)" for each in slower]),
+        (_NO_GAIN, [layout(each) for each in fitting if each not in slower]),
+        ("does not fit", [f"{layout(each)} ({why_not(each, chosen)})" for each in others if not each.fits]),
+    ):
+        if named:
+            clauses.append(f"{kind}: {' / '.join(named)}")
+    if job.footprint is not None:
+        clauses += job.footprint.notes
+    if job.halvings:
+        clauses.append(
+            f"micro-batch halved {job.halvings} times after running out of memory, so bits may differ from there on"
+        )
+    return "; ".join(clauses)
+
+
+def nothing_fits(job: Job, tried: Sequence[Candidate]) -> str:
+    """How much is missing where, in the candidate that comes closest, and what would cure it."""
+    closest = min(tried, key=lambda c: max(c.missing_bytes))
+    place = _worst_place(closest)
+    number, target = closest.smallest_gpus[place], closest.target_bytes[place]
+    missing, gpu = closest.missing_bytes[place], job.gpus[number]
+    checkpointing = "with" if closest.gradient_checkpointing else "without"
+    return (
+        f"the workload does not fit: closest is {layout(closest)} with a micro-batch of {closest.micro_batch} "
+        f"{checkpointing} gradient checkpointing, which needs {in_gb(target + missing)} on GPU {number} ({gpu.name}). "
+        f"elastic.memory_target lets {in_gb(target)} of its {in_gb(gpu.memory_bytes)} be filled: {in_gb(missing)} are "
+        f"missing. {_cures(job)}"
+    )
+
+
+def _worst_place(candidate: Candidate) -> int:
+    return candidate.missing_bytes.index(max(candidate.missing_bytes))
+
+
+def _is_slower(candidate: Candidate, chosen: Candidate) -> bool:
+    return chosen.pace / candidate.pace > 1.005
+
+
+def _what(job: Job, chosen: Candidate) -> str:
+    if not job.gpus:
+        words = f"no GPU: {chosen.num_ranks} on the CPU"
+    else:
+        words = f"{chosen.num_gpus} of {len(job.gpus) * job.num_nodes} GPUs"
+    if job.num_nodes > 1:
+        words += f", {job.num_nodes} nodes"
+    if job.gpus and job.gpus[0].is_mig:
+        words += ", as a process sees one MIG slice"
+    if chosen.modules:
+        words += f": {layout(chosen)}"
+    if chosen.gradient_checkpointing:
+        words += ", with gradient checkpointing"
+    return words
+
+
+def _expected(job: Job, chosen: Candidate) -> list[str]:
+    if chosen.peak_bytes is None:
+        return ["the workload gives no footprint, so nothing is expected"] if job.gpus else []
+    of_places = zip(chosen.peak_bytes, chosen.target_bytes, strict=True)
+    peak, target = max(of_places, key=lambda each: each[0] / each[1])
+    memory = f"at most {in_gb(peak)} of the {in_gb(target)} that may be filled"
+    if chosen.samples_per_s is not None:
+        return [f"expected {chosen.samples_per_s:.3g} samples/s, {memory}"]
+    return [f"expected {memory}", f"no samples/s, as {job.why_no_pace}"]
+
+
+def _cures(job: Job) -> str:
+    cures = []
+    for section, key, value in (
+        ("train", "gradient_checkpointing", "auto"),
+        ("train", "micro_batch", _smaller_micro_batch(job)),
+        ("elastic", "num_ranks", None),
+        ("elastic", "gpus_per_replica", None),
+        ("elastic", "memory_target", _HIGHEST_TARGET),
+    ):
+        changed = _with(job, section, key, value)
+        if changed != job and _fits(changed):
+            cures.append(f"{section}.{key}: {'null' if value is None else value}")
+    more = next((n for n in range(len(job.gpus) + 1, MAX_REPLICAS + 1) if _fits(_with_gpus(job, n))), None)
+    if more is not None and not job.gpus[0].is_mig:
+        cures.append(f"{more} such GPUs")
+    if not cures:
+        return "Use larger GPUs, or shorter samples"
+    return f"What helps: {', or '.join(cures)}"
+
+
+def _smaller_micro_batch(job: Job) -> int | Literal["auto"]:
+    """The largest that would fit; what it is where none would, or where the planner was free to choose."""
+    train = job.config.train
+    if train.micro_batch == "auto" or job.halvings:
+        return train.micro_batch
+    smaller = [d for d in range(train.micro_batch - 1, 0, -1) if train.global_batch % d == 0]
+    return next((d for d in smaller if _fits(_with(job, "train", "micro_batch", d))), train.micro_batch)
+
+
+def _with(job: Job, section: str, key: str, value: object) -> Job:
+    """The job with another value in its config."""
+    changed = getattr(job.config, section).model_copy(update={key: value})
+    return dataclasses.replace(job, config=job.config.model_copy(update={section: changed}))
+
+
+def _with_gpus(job: Job, num_gpus: int) -> Job:
+    smallest = min(job.gpus, key=lambda gpu: gpu.memory_bytes)
+    return dataclasses.replace(job, gpus=(*job.gpus, *[smallest] * (num_gpus - len(job.gpus))))
+
+
+def _fits(job: Job) -> bool:
+    try:
+        return any(candidate.fits for candidate in candidates(job))
+    except ConfigError:
+        return False
