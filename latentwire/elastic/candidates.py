@@ -12,10 +12,6 @@ from latentwire.elastic.inventory import GB, Device
 from latentwire.elastic.schedule import MAX_REPLICAS, num_slots
 from latentwire.errors import ConfigError
 
-EFFICIENCY = 0.5
-"""Of a data sheet's TFLOP/s, what a step gets. On one H200 a plain loop with the 8B + 7B shapes in bf16, 64 samples of
-129 positions at once, made 61.9 samples/s: 490 TFLOP/s of 989."""
-
 MAX_GPUS_PER_REPLICA = 4
 _GUESSES = (8, 4, 2, 1)
 """Micro-batches where nothing is known of the workload."""
@@ -51,7 +47,8 @@ class Job:
     @property
     def flops_per_s(self) -> tuple[float, ...]:
         """Of each GPU, what a step gets of it; where that is not known, as if all were alike."""
-        return tuple(1.0 if self.why_no_pace else EFFICIENCY * (gpu.flops_per_s or 0.0) for gpu in self.gpus)
+        efficiency = 0.0 if self.footprint is None else self.footprint.efficiency
+        return tuple(1.0 if self.why_no_pace else efficiency * (gpu.flops_per_s or 0.0) for gpu in self.gpus)
 
     @property
     def why_no_pace(self) -> str | None:
@@ -62,6 +59,11 @@ class Job:
         if self.config.train.precision == "fp32":
             return "the speed in fp32 is not known"
         return None if self.footprint is None or self.footprint.names_flops else "the footprint names no operations"
+
+    @property
+    def largest_micro_batch(self) -> int:
+        """That leaves no rank of the largest job idle; 1 where the global batch is too small for that."""
+        return max(1, self.config.train.global_batch // self.most_ranks)
 
     @property
     def most_ranks(self) -> int:
@@ -317,7 +319,7 @@ def _micro_batches(job: Job) -> list[int]:
     if not job.is_free:
         return [_fixed(job)]
     divisors = [d for d in range(train.global_batch, 0, -1) if train.global_batch % d == 0]
-    shared = [d for d in divisors if train.global_batch // d >= job.most_ranks] or [1]
+    shared = [d for d in divisors if d <= job.largest_micro_batch]
     most = max(1, _fitting_everywhere(job, shared) >> job.halvings)
     return [d for d in shared if d <= most]
 

@@ -92,6 +92,7 @@ class Footprint:
         modules: the frozen ones, in the order in which they run.
         trained: the rest.
         one_by_one: a module's backward pass ends before the next module's forward pass begins.
+        efficiency: of a data sheet's TFLOP/s, what its steps get.
         notes: what was assumed where it could not be known, in words for a person.
         activation_scale, more_bytes: corrections of the peak on each device, by ``fitted``.
     """
@@ -99,6 +100,7 @@ class Footprint:
     modules: tuple[FrozenModule, ...]
     trained: TrainedPart
     one_by_one: bool = False
+    efficiency: float = 0.5
     notes: tuple[str, ...] = ()
     activation_scale: float = 1.0
     more_bytes: int = 0

@@ -30,9 +30,9 @@ class Placement:
         nodes: the node of each rank, counted from 0; never falling.
         modules: where in a rank's ``devices`` each of the workload's frozen modules goes, one place or several in a
             row; empty: the workload names none, and all is on the first.
-        micro_batch: samples of one forward pass; with ``probe`` a guess.
+        micro_batch: samples of one forward pass; with ``probe_up_to`` a guess.
         num_micro_batches: micro-batches of one step over all ranks; times ``micro_batch`` it is the global batch.
-        probe: the ranks find the micro-batch before they train.
+        probe_up_to: the ranks find the micro-batch before they train, and try none larger; None: it is known.
         gradient_checkpointing: activations are recomputed in the backward pass.
         samples_per_s: expected, over all ranks; None: the workload's footprint is not known.
         peak_bytes: expected on each of a rank's devices; None as above.
@@ -44,7 +44,7 @@ class Placement:
     modules: Mapping[str, tuple[int, ...]]
     micro_batch: int
     num_micro_batches: int
-    probe: bool
+    probe_up_to: int | None
     gradient_checkpointing: bool
     samples_per_s: float | None
     peak_bytes: tuple[int, ...] | None
@@ -54,6 +54,11 @@ class Placement:
     def world_size(self) -> int:
         """Ranks in all."""
         return len(self.devices)
+
+    @property
+    def is_probed(self) -> bool:
+        """Whether the micro-batch is still to be found."""
+        return self.probe_up_to is not None
 
     def ranks_on(self, node: int) -> list[int]:
         """The ranks of a node; a rank's place here is its local rank."""
@@ -114,7 +119,7 @@ class Weighed:
             modules=chosen.modules,
             micro_batch=chosen.micro_batch,
             num_micro_batches=chosen.num_micro_batches,
-            probe=bool(self.job.gpus) and self.job.is_free,
+            probe_up_to=self.job.largest_micro_batch if self.job.gpus and self.job.is_free else None,
             gradient_checkpointing=chosen.gradient_checkpointing,
             samples_per_s=chosen.samples_per_s,
             peak_bytes=chosen.peak_bytes,

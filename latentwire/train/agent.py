@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable
 
 from latentwire import __version__
-from latentwire.elastic.footprint import footprint_of
+from latentwire.elastic.footprint import Footprint, Probe, fitted, footprint_of
 from latentwire.elastic.inventory import Inventory
 from latentwire.elastic.planner import Placement, plan
 from latentwire.errors import ConfigError, Fenced, RunBusy
@@ -158,12 +158,24 @@ class _Supervision:
         return plan(
             self.config,
             inventory,
-            footprint_of(self.config),
+            self._footprint(),
             halvings=num_halvings(self.run, since=recorded.get("attempt", 0)),
             num_nodes=self.allocation.num_nodes,
             num_gpus=self.allocation.num_gpus,
             micro_batch=recorded.get("micro_batch"),
         )
+
+    def _footprint(self) -> Footprint | None:
+        """What the workload says it takes, corrected by what an earlier attempt was seen to take."""
+        footprint = footprint_of(self.config)
+        if footprint is None:
+            return None
+        for attempt in reversed(self.run.attempts()):
+            seen = read_json(attempt.path / "memory.json")
+            if isinstance(seen, dict):
+                probe = Probe(seen["micro_batch"], seen["peak_bytes"][0])
+                return fitted(footprint, [probe], seen["modules"], seen["gradient_checkpointing"])
+        return footprint
 
     def _record_environment(self, inventory: Inventory) -> None:
         earlier = [read_json(a.path / "environment.json") for a in self.run.attempts() if a != self.attempt]

@@ -13,9 +13,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from latentwire.config import ScheduleSection
 from latentwire.elastic.planner import Placement
 from latentwire.errors import TrainingDiverged, WorkloadError
+from latentwire.run.atomic import write_json
 from latentwire.train import randomness
+from latentwire.train.memory import Fullness, find_micro_batch, peak_bytes
 from latentwire.train.order import derive_seed
 from latentwire.train.precision import compute_dtype
+from latentwire.train.rehearsal import heaviest, unchanged
 from latentwire.train.session import Session
 from latentwire.workloads.base import BuildContext, StepReport, Workload
 
@@ -35,9 +38,9 @@ class Training:
 
     def __init__(self, session: Session, workload: Workload, placement: Placement) -> None:
         config = session.config.train
-        self.session, self.workload, self.config = session, workload, config
-        self.device = torch.device(placement.devices[session.ranks.rank][0])
-        self.micro_batch = placement.micro_batch
+        self.session, self.workload, self.config, self.placement = session, workload, config, placement
+        self.devices = [torch.device(device) for device in placement.devices[session.ranks.rank]]
+        self.device = self.devices[0]
         dtype = compute_dtype(config.precision, self.device)
         started = time.monotonic()
         workload.build(
@@ -64,11 +67,13 @@ class Training:
         )
         if not len(workload.train_data):
             raise WorkloadError(f"{session.config.workload.target} has no training data")
+        self.parameters = [p for p in workload.trainable.parameters() if p.requires_grad]
+        most = placement.probe_up_to
+        self.micro_batch = placement.micro_batch if most is None else self._find_micro_batch(most)
         self._prepare(dtype)
 
     def _prepare(self, dtype: torch.dtype) -> None:
         model = self.workload.trainable
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
         settings = self.config.optimizer
         self.optimizer = torch.optim.AdamW(
             self.parameters,
@@ -96,7 +101,7 @@ class Training:
     def run(self) -> None:
         """Resume and train to the last step."""
         session = self.session
-        session.restore()
+        start = session.restore()
         self._warm_up()
         self.workload.trainable.train()
         evaluate = self._evaluate if len(self.workload.eval_data) else None
@@ -106,6 +111,8 @@ class Training:
                 reports[self.share.index] = self.workload.step(batch, self._backward)
             self.share.reduce()
             self._update(step, self._gather(reports))
+            if step == start + 1:  # the optimizer's states are there, and all that a step takes was taken
+                self._tell_memory()
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
@@ -174,6 +181,43 @@ class Training:
             tokens_per_s=self._tokens / seconds,
         )
 
+    # --- memory -------------------------------------------------------------------------------------------------------
+
+    def _find_micro_batch(self, most: int) -> int:
+        """Try micro-batches out and record what is found: the run keeps it for its life. Every rank."""
+        session, workload = self.session, self.workload
+        num_parameters = sum(p.numel() for p in self.parameters)
+        fullness = Fullness(self.devices, session.config.elastic, num_parameters)
+        sample = heaviest(workload.train_data, workload.collate)
+
+        def try_out(size: int) -> float:
+            session.safe_point()
+            batch = workload.collate([sample] * size)
+            return fullness.after(lambda: workload.step(batch, lambda loss: loss.backward()))
+
+        workload.trainable.train()
+        with randomness.isolated(derive_seed(session.config.seed, "probe")), unchanged(workload.trainable):
+            found = find_micro_batch(self.config.global_batch, most, try_out, session.ranks)
+        record = {"micro_batch": found.micro_batch, "fullness": {str(size): f for size, f in found.fullness.items()}}
+        session.event("micro_batch_found", **record)
+        if session.ranks.rank == 0:
+            session.attempt.assert_newest()
+            write_json(session.run.path / "micro_batch.json", record | {"attempt": session.attempt.number})
+        return found.micro_batch
+
+    def _tell_memory(self) -> None:
+        """Write down what the GPUs had to hold, from which later attempts are planned. Rank 0."""
+        if self.device.type == "cuda" and self.session.ranks.rank == 0:
+            expected = self.placement.peak_bytes
+            measured = {
+                "micro_batch": self.micro_batch,
+                "gradient_checkpointing": self.placement.gradient_checkpointing,
+                "modules": self.placement.modules,
+                "peak_bytes": [peak_bytes(device) for device in self.devices],
+            }
+            write_json(self.session.attempt.path / "memory.json", measured)
+            self.session.event("memory", peak_bytes=measured["peak_bytes"], expected_bytes=expected)
+
     # --- data, warm-up, evaluation ------------------------------------------------------------------------------------
 
     def _warm_up(self) -> None:
@@ -182,20 +226,16 @@ class Training:
             return
         self.session.event("warmup_started", batches=self.config.warmup_batches)
         started = time.monotonic()
-        model = self.workload.trainable
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         addresses = [[self.share.order.address(i) for i in range(self.micro_batch)]] * self.config.warmup_batches
-        model.train()
-        with randomness.isolated(derive_seed(self.session.config.seed, "warmup")):
+        self.workload.trainable.train()
+        seed = derive_seed(self.session.config.seed, "warmup")
+        with randomness.isolated(seed), unchanged(self.workload.trainable):
             for batch in self.session.fetch(self.workload.train_data, iter(addresses), self.workload.collate):
                 self.session.safe_point()
                 step_started = time.monotonic()
                 with self.share.rehearsal():
                     self.workload.step(batch, self._backward)
-                self.optimizer.zero_grad(set_to_none=True)
                 self.session.step_pace.add((time.monotonic() - step_started) * self.share.num_slots)
-        for name, buffer in model.named_buffers():
-            buffer.copy_(buffers[name])
         self.session.safe_point()
         self.session.event("warmup_finished", seconds=round(time.monotonic() - started, 4))
 

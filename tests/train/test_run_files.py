@@ -39,7 +39,7 @@ def test_a_micro_batch_that_was_found_before_is_kept(tmp_path: Path) -> None:
     assert run_agent(run) == "finished"
     (attempt,) = run.attempts()
     placement = json.loads((attempt.path / "placement.json").read_text())
-    assert (placement["micro_batch"], placement["num_micro_batches"], placement["probe"]) == (4, 4, False)
+    assert (placement["micro_batch"], placement["num_micro_batches"], placement["probe_up_to"]) == (4, 4, None)
     (placed,) = [event for event in attempt.events() if event["event"] == "placed"]
     assert (placed["micro_batch"], placed["why"]) == (4, placement["why"])
 

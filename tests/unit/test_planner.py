@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentwire.config import Config, parse_config
-from latentwire.elastic.candidates import EFFICIENCY
 from latentwire.elastic.footprint import CONTEXT_BYTES, Footprint, FrozenModule, TrainedPart, predict
 from latentwire.elastic.inventory import GB, Device, Inventory, parse_gpus
 from latentwire.elastic.planner import Placement, Weighed, plan, weigh
@@ -155,14 +154,14 @@ def test_what_gives_no_footprint_cannot_be_divided() -> None:
 @pytest.mark.parametrize(("global_batch", "micro_batch"), [(32, 8), (12, 4), (6, 2), (7, 1)])
 def test_on_a_cpu_auto_is_a_power_of_two(global_batch: int, micro_batch: int) -> None:
     placement = plan(config(micro_batch="auto", global_batch=global_batch), names(), PAIR)
-    assert (placement.micro_batch, placement.probe) == (micro_batch, False)
+    assert (placement.micro_batch, placement.is_probed) == (micro_batch, False)
 
 
 def test_on_a_gpu_auto_is_probed_even_if_nothing_is_known() -> None:
     auto = config(micro_batch="auto")
-    assert plan(auto, names("H200"), None).probe
+    assert plan(auto, names("H200"), None).is_probed
     recorded = plan(auto, names("H200"), None, micro_batch=4)
-    assert (recorded.micro_batch, recorded.probe) == (4, False)
+    assert (recorded.micro_batch, recorded.is_probed) == (4, False)
 
 
 # ---- The rules -------------------------------------------------------------------------------------------------------
@@ -244,7 +243,7 @@ def test_a_replica_never_spans_nodes() -> None:
 
 
 def test_samples_per_second_follow_from_the_data_sheet() -> None:
-    whole = 989 * EFFICIENCY / 4  # each model computes 2 TFLOP for a sample
+    whole = 989 * PAIR.efficiency / 4  # each model computes 2 TFLOP for a sample
     assert best("1xH100-80GB").samples_per_s == pytest.approx(whole)
     assert best("4xH100-80GB").samples_per_s == pytest.approx(4 * whole)
     assert best("3xH100-80GB").samples_per_s == pytest.approx(4 / 2 * whole), "one of three ranks has two of four"
@@ -274,8 +273,8 @@ def test_a_footprint_of_bytes_alone_has_no_pace_and_yet_a_plan() -> None:
 
 def test_the_slower_chip_of_two_is_waited_for() -> None:
     mixed = best("H100-80GB+A100-80GB").samples_per_s
-    assert mixed == pytest.approx(989 * EFFICIENCY / 4), "two A100s would give less: the H100 works alone"
-    assert best("H200-80GB+H100-80GB").samples_per_s == pytest.approx(2 * 989 * EFFICIENCY / 4)
+    assert mixed == pytest.approx(989 * PAIR.efficiency / 4), "two A100s would give less: the H100 works alone"
+    assert best("H200-80GB+H100-80GB").samples_per_s == pytest.approx(2 * 989 * PAIR.efficiency / 4)
 
 
 @pytest.mark.parametrize(
@@ -306,7 +305,7 @@ def test_auto_is_the_largest_divisor_that_fits_everywhere(
     gpus: str, sections: dict[str, Any], micro_batch: int
 ) -> None:
     placement = best(gpus, micro_batch="auto", global_batch=64, **sections)
-    assert (placement.micro_batch, placement.probe) == (micro_batch, True)
+    assert (placement.micro_batch, placement.is_probed) == (micro_batch, True)
 
 
 def test_auto_for_a_given_number_of_ranks() -> None:
@@ -318,16 +317,16 @@ def test_auto_for_a_given_number_of_ranks() -> None:
 
 def test_a_recorded_micro_batch_is_kept() -> None:
     placement = plan(config(micro_batch="auto", global_batch=64), has("H200-141GB"), PAIR, micro_batch=4)
-    assert (placement.micro_batch, placement.probe) == (4, False)
+    assert (placement.micro_batch, placement.is_probed) == (4, False)
     placement = plan(config(micro_batch="auto", global_batch=64), has("H200-141GB"), PAIR, halvings=1, micro_batch=4)
-    assert (placement.micro_batch, placement.probe) == (2, False)
+    assert (placement.micro_batch, placement.is_probed) == (2, False)
     with pytest.raises(ConfigError, match="recorded micro-batch of 5"):
         plan(config(micro_batch="auto", global_batch=64), has("H200-141GB"), PAIR, micro_batch=5)
 
 
 def test_a_guess_that_ran_out_of_memory_is_halved() -> None:
     placement = plan(config(micro_batch="auto", global_batch=64), has("H200-141GB"), PAIR, halvings=2)
-    assert (placement.micro_batch, placement.probe) == (8, True)
+    assert (placement.micro_batch, placement.is_probed) == (8, True)
 
 
 def test_a_smallest_gpu_that_is_too_small_is_told_at_the_start() -> None:

@@ -37,6 +37,9 @@ REDUCTION_SUMS = 3
 """Sums that the reduction holds beside the gradient that grows, at most, for any number of micro-batches and ranks: it
 adds quarters and halves of the batch as soon as they are there. What it sends comes when activations have gone."""
 
+EFFICIENCY, EFFICIENCY_COMPILED = 0.47, 0.60
+"""Of a data sheet's TFLOP/s, on one H200 in bf16: ``benchmarks/pair_step.py --shape full``."""
+
 PUBLISHED: Mapping[str, Mapping[str, Any]] = {
     "meta-llama/Meta-Llama-3.1-8B-Instruct": LLAMA_31_8B,
     "meta-llama/Llama-3.1-8B-Instruct": LLAMA_31_8B,
@@ -64,7 +67,8 @@ def footprint(options: Mapping[str, Any], train: TrainSection) -> Footprint | No
     modules = tuple(_frozen(name, model, checked, number_bytes) for name, model in models.items())
     widths = {name: model.hidden for name, model in models.items()}
     trained = _trained(checked.wire, checked.data.max_source_bytes, widths, train, number_bytes)
-    return Footprint(modules, trained, checked.sequential_models, tuple(notes))
+    efficiency = EFFICIENCY_COMPILED if checked.compile else EFFICIENCY
+    return Footprint(modules, trained, checked.sequential_models, efficiency, tuple(notes))
 
 
 # ---- The frozen models -----------------------------------------------------------------------------------------------
@@ -142,12 +146,16 @@ class DecoderShape:
         """Of the whole model."""
         return self.front_parameters + self.num_layers * self.layer_parameters + self.back_parameters
 
-    def layer_kept_bytes(self, length: int, number_bytes: int) -> int:
+    def layer_kept_bytes(self, length: int, number_bytes: int, is_compiled: bool) -> int:
         """What autograd keeps of a layer with frozen weights for a sequence; a product keeps nothing but its weights.
 
         The inputs of both norms and their inverse means in float32; queries, keys, values, what attention makes of
-        them and its float32 normaliser; gate, its SiLU and the other factor.
+        them and its float32 normaliser; gate, its SiLU and the other factor. Compiled, the norms' inputs are kept as
+        they came and the SiLU is computed again.
         """
+        if is_compiled:
+            numbers = 2 * self.hidden + 2 * (self.query_size + self.key_size) + 2 * self.intermediate
+            return length * (numbers * number_bytes + 4 * (2 + self.num_heads))
         norms = 2 * 4 * (self.hidden + 1)
         attention = 2 * (self.query_size + self.key_size) * number_bytes + 4 * self.num_heads
         return length * (norms + attention + 3 * self.intermediate * number_bytes)
@@ -173,7 +181,7 @@ def _frozen(name: str, shape: DecoderShape, options: Options, number_bytes: int)
         front_bytes=shape.front_parameters * number_bytes,
         layer_bytes=shape.layer_parameters * number_bytes,
         back_bytes=shape.back_parameters * number_bytes,
-        layer_kept_bytes=shape.layer_kept_bytes(length, number_bytes),
+        layer_kept_bytes=shape.layer_kept_bytes(length, number_bytes, options.compile),
         layer_input_bytes=length * shape.hidden * number_bytes,
         layer_working_bytes=shape.layer_working_bytes(length, number_bytes),
         # of each state that predicts: the last norm's, its gradient, which is known at once, and its place

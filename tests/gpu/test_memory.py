@@ -1,0 +1,75 @@
+"""What the planner expects the full pair to take, against what an H200 had to hold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from running import agent_of, wait_for
+
+from latentwire.config import load_config
+from latentwire.monitor.gpu import list_gpus
+from latentwire.run.atomic import read_json
+from latentwire.run.directory import Run, create_run
+
+TOP = Path(__file__).parents[2]
+NUM_GPUS = len(list_gpus())
+CASES = [(True, 1, 8), (True, 1, 16), (True, 1, 32), (False, 1, 16), (True, 2, 16)]
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(not NUM_GPUS, reason="there is no GPU here"),
+]
+
+
+def run_of(folder: Path, compiled: bool, gpus_per_replica: int, micro_batch: int | str) -> Run:
+    """Every sample as long as may be, which is what is planned for."""
+    data = folder / "long.jsonl"
+    folder.mkdir(exist_ok=True)
+    data.write_text((json.dumps({"source": "source " * 100, "target": "target " * 200}) + "\n") * 256)
+    changes = {
+        "workload.options.llama.use_chat_template": "false",
+        "workload.options.qwen.use_chat_template": "false",
+        "workload.options.data.kind": "jsonl",
+        "workload.options.data.path": data,
+        "workload.options.data.eval_size": 0,
+        "workload.options.compile": str(compiled).lower(),
+        "workload.options.data.max_target_tokens": 96,
+        "train.micro_batch": micro_batch,
+        "train.steps": 1000,
+        "elastic.num_ranks": 1,
+        "elastic.gpus_per_replica": gpus_per_replica,
+    }
+    overrides = [f"{key}={value}" for key, value in changes.items()]
+    return create_run(load_config(TOP / "configs/experiments/pair_full_random.yaml", overrides), folder)
+
+
+@pytest.mark.parametrize(("compiled", "gpus_per_replica", "micro_batch"), CASES)
+def test_the_peak_is_as_expected_to_a_tenth(
+    tmp_path: Path, compiled: bool, gpus_per_replica: int, micro_batch: int
+) -> None:
+    if gpus_per_replica > NUM_GPUS:
+        pytest.skip("there are no two GPUs here")
+    run = run_of(tmp_path, compiled, gpus_per_replica, micro_batch)
+    with agent_of(run) as agent:
+        seen = wait_for(lambda: read_json(agent.attempt.path / "memory.json"), "two steps")
+        expected = read_json(agent.attempt.path / "placement.json")["peak_bytes"]
+    for place, (peak, hoped) in enumerate(zip(seen["peak_bytes"], expected, strict=True)):
+        print(
+            f"| {'compiled' if compiled else 'plain'} | {micro_batch} | {gpus_per_replica}, GPU {place} "
+            f"| {hoped / 1e9:.1f} | {peak / 1e9:.1f} | {hoped / peak - 1:+.1%} |"
+        )
+        assert 0.9 < hoped / peak < 1.1
+
+
+def test_auto_fills_no_more_than_it_may(tmp_path: Path) -> None:
+    run = run_of(tmp_path, True, 1, "auto")
+    with agent_of(run) as agent:
+        wait_for(lambda: read_json(agent.attempt.path / "memory.json"), "two steps")
+        found = read_json(run.path / "micro_batch.json")
+    print(found)
+    assert found["micro_batch"] == 64
+    assert found["fullness"]["64"] <= 1
