@@ -14,9 +14,11 @@ _HOMES = {
     "CheckpointManager": "latentwire.checkpoint.manager",
     "Config": "latentwire.config",
     "GPUMonitor": "latentwire.monitor.gpu",
+    "JsonlShards": "latentwire.workloads.jsonl",
     "Preempted": "latentwire.preemption.handler",
     "PreemptionHandler": "latentwire.preemption.handler",
     "Session": "latentwire.train.session",
+    "ShardedSource": "latentwire.workloads.base",
     "Workload": "latentwire.workloads.base",
     "load_config": "latentwire.config",
 }
@@ -25,9 +27,11 @@ __all__ = [
     "CheckpointManager",
     "Config",
     "GPUMonitor",
+    "JsonlShards",
     "Preempted",
     "PreemptionHandler",
     "Session",
+    "ShardedSource",
     "Workload",
     "__version__",
     "load_config",
@@ -39,7 +43,8 @@ if TYPE_CHECKING:
     from latentwire.monitor.gpu import GPUMonitor
     from latentwire.preemption.handler import Preempted, PreemptionHandler
     from latentwire.train.session import Session
-    from latentwire.workloads.base import Workload
+    from latentwire.workloads.base import ShardedSource, Workload
+    from latentwire.workloads.jsonl import JsonlShards
 
 
 def __getattr__(name: str) -> Any:

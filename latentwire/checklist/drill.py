@@ -259,7 +259,8 @@ class _Program:
     def _epoch(self, attempt: Attempt, step: int) -> int:
         train = self._config()["train"]
         built = [e for a in self.run.attempts() for e in a.events() if e.get("event") == "workload_built"]
-        return int(step * train["global_batch"] // built[0]["num_samples"])
+        num_samples = built[0]["num_samples"]
+        return int(step * train["global_batch"] // num_samples) if num_samples else 0  # a stream: one long epoch
 
     def _why_it_ended(self, waiting_for: str) -> str:
         if run_status(self.run).state == "DONE":

@@ -241,6 +241,12 @@ ITEMS = (
         tests_pass,
     ),
     Item(
+        "streams",
+        "A stream goes on at the exact byte, also on another number of ranks; in an epoch no file is read twice",
+        _pytest("tests/unit/test_lanes.py", "tests/unit/test_jsonl.py", "tests/train/test_stream.py"),
+        tests_pass,
+    ),
+    Item(
         "orchestrator",
         "The orchestrator can be killed at any moment and resumed; no second copy of a job ever runs",
         _pytest("tests/train/test_orchestrate.py"),

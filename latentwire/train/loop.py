@@ -12,9 +12,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from latentwire.config import ScheduleSection
 from latentwire.elastic.planner import Placement
-from latentwire.errors import TrainingDiverged, WorkloadError
+from latentwire.errors import TrainingDiverged
 from latentwire.run.atomic import write_json
 from latentwire.train import randomness
+from latentwire.train.feed import num_samples
 from latentwire.train.memory import Fullness, find_micro_batch, peak_bytes
 from latentwire.train.order import derive_seed
 from latentwire.train.precision import compute_dtype
@@ -63,10 +64,8 @@ class Training:
             "workload_built",
             seconds=round(time.monotonic() - started, 4),
             compute_dtype=str(dtype),
-            num_samples=len(workload.train_data),
+            num_samples=num_samples(workload.train_data),
         )
-        if not len(workload.train_data):
-            raise WorkloadError(f"{session.config.workload.target} has no training data")
         self.parameters = [p for p in workload.trainable.parameters() if p.requires_grad]
         most = placement.probe_up_to
         self.micro_batch = placement.micro_batch if most is None else self._find_micro_batch(most)
@@ -188,7 +187,7 @@ class Training:
         session, workload = self.session, self.workload
         num_parameters = sum(p.numel() for p in self.parameters)
         fullness = Fullness(self.devices, session.config.elastic, num_parameters)
-        sample = heaviest(workload.train_data, workload.collate)
+        sample = heaviest(workload.train_data, session.config.seed, workload.collate)
 
         def try_out(size: int) -> float:
             session.safe_point()
@@ -226,11 +225,10 @@ class Training:
             return
         self.session.event("warmup_started", batches=self.config.warmup_batches)
         started = time.monotonic()
-        addresses = [[self.share.order.address(i) for i in range(self.micro_batch)]] * self.config.warmup_batches
         self.workload.trainable.train()
         seed = derive_seed(self.session.config.seed, "warmup")
         with randomness.isolated(seed), unchanged(self.workload.trainable):
-            for batch in self.session.fetch(self.workload.train_data, iter(addresses), self.workload.collate):
+            for batch in self.share.feed.first_batches(self.config.warmup_batches):
                 self.session.safe_point()
                 step_started = time.monotonic()
                 with self.share.rehearsal():

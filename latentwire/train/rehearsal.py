@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+
+from latentwire.train.feed import Data, first_samples
 
 _LOOKED_AT = 256
 """So many samples are looked at for the heaviest."""
@@ -26,9 +28,9 @@ def unchanged(model: torch.nn.Module) -> Iterator[None]:
                 buffer.copy_(buffers[name])
 
 
-def heaviest(data: Sequence[Any], collate: Callable[[list[Any]], Any] | None) -> Any:
+def heaviest(data: Data, seed: int, collate: Callable[[list[Any]], Any] | None) -> Any:
     """Of the first samples the one whose batch is the largest: what a step may have to hold many of."""
-    samples = [data[index] for index in range(min(len(data), _LOOKED_AT))]
+    samples = first_samples(data, seed, _LOOKED_AT)
     return samples[0] if collate is None else max(samples, key=lambda sample: _num_bytes(collate([sample])))
 
 

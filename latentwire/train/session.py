@@ -46,7 +46,8 @@ from latentwire.run.journal import Journal
 from latentwire.target import SCRIPT
 from latentwire.train import data as data_module
 from latentwire.train import randomness, recovery
-from latentwire.train.order import SampleOrder, derive_seed
+from latentwire.train.feed import Data, Feeds
+from latentwire.train.order import derive_seed
 from latentwire.train.outlook import Outlook
 from latentwire.train.ranks import Ranks
 from latentwire.train.saving import REASONS, Saving
@@ -116,6 +117,7 @@ class Session:
         self._metrics = Journal(attempt.path / "metrics.jsonl") if ranks.rank == 0 else None
         self._saving: Saving | None = None
         self._shares: list[Share] = []
+        self._feeds = Feeds(config, ranks)
         self._outlook = Outlook(attempt, config, self.event)
         self._in_step = False
         self._told_notice = False
@@ -181,7 +183,7 @@ class Session:
 
     def batches(
         self,
-        data: Sequence[Any],
+        data: Data,
         *,
         batch_size: int,
         steps: int,
@@ -192,7 +194,7 @@ class Session:
         """One batch for each step that is still to be done, in the run's own order; see ``steps``. For one rank.
 
         Args:
-            data: map-style data set.
+            data: map-style data set, or a stream (``ShardedSource``).
             batch_size: samples of one step over all ranks.
             steps: optimizer steps in all.
             collate: samples -> batch; None: torch's default.
@@ -206,11 +208,7 @@ class Session:
             raise RunError("batches() is for one rank: use share(), which sums gradients up over all of them")
         if self._saving is None:
             self.restore()
-        order = SampleOrder(self.config.seed, len(data))
-        addresses = (
-            [order.address(step * batch_size + i) for i in range(batch_size)] for step in range(self.step, steps)
-        )
-        batches = self.fetch(data, addresses, collate)
+        batches = self._feeds.add(data, batch_size, batch_size, collate).batches(self.step)
         for step in self.steps(steps, evaluate, evaluate_every):
             with self.clock("data"):
                 batch = next(batches)
@@ -221,7 +219,7 @@ class Session:
     def share(
         self,
         parameters: Iterable[torch.nn.Parameter],
-        data: Sequence[Any],
+        data: Data,
         *,
         global_batch: int,
         micro_batch: int,
@@ -241,12 +239,12 @@ class Session:
 
         Args:
             parameters: the trained ones, on one device.
-            data: map-style data set.
+            data: map-style data set, or a stream (``ShardedSource``).
             global_batch: samples of one step over all ranks.
             micro_batch: samples of one forward pass; divides the global batch. Bits depend on it.
             collate: samples -> batch; None: torch's default.
         """
-        share = Share(self, parameters, data, global_batch, micro_batch, collate)
+        share = Share(self, parameters, self._feeds.add(data, global_batch, micro_batch, collate))
         self._shares.append(share)
         return share
 
@@ -373,6 +371,7 @@ class Session:
         self._evaluated_step = progress["evaluated_step"]
         self._evaluation = progress["evaluation"]
         self._best = progress["best"]
+        self._feeds.resume(progress)
 
     def _begin_step(self) -> None:
         self.saving.remember_boundary()
@@ -435,6 +434,7 @@ class Session:
             "evaluated_step": self._evaluated_step,
             "evaluation": self._evaluation,
             "best": self._best,
+            **self._feeds.progress(self.step),
         }
         metrics = self._evaluation if self._evaluated_step == self.step else {}
         with self.clock("save"):

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from latentwire.elastic import schedule
-from latentwire.errors import ConfigError, RunError
+from latentwire.errors import RunError
 from latentwire.train import randomness
-from latentwire.train.data import Address
-from latentwire.train.order import SampleOrder, derive_seed
+from latentwire.train.feed import Feed
+from latentwire.train.order import derive_seed
 from latentwire.train.reduction import Reduction
 
 if TYPE_CHECKING:
@@ -27,27 +27,15 @@ class Share:
     micro-batch alone, never on the rank.
     """
 
-    def __init__(
-        self,
-        session: Session,
-        parameters: Iterable[torch.nn.Parameter],
-        data: Sequence[Any],
-        global_batch: int,
-        micro_batch: int,
-        collate: Callable[[list[Any]], Any] | None,
-    ) -> None:
-        if global_batch % micro_batch:
-            raise ConfigError(f"global_batch ({global_batch}) is no multiple of micro_batch ({micro_batch})")
+    def __init__(self, session: Session, parameters: Iterable[torch.nn.Parameter], feed: Feed) -> None:
         ranks = session.ranks
-        self.num_micro_batches = global_batch // micro_batch
+        self.feed = feed
+        self.num_micro_batches = feed.num_micro_batches
         self.index = 0
         """The micro-batch of the step that is being computed."""
-        self.order = SampleOrder(session.config.seed, len(data))
         self.num_slots = schedule.num_slots(ranks.world_size, self.num_micro_batches)
         """Safe points that every rank passes in a step."""
-        self._session, self._data, self._collate = session, data, collate
-        self._micro_batch = micro_batch
-        self._mine = schedule.micro_batches_of(ranks.rank, ranks.world_size, self.num_micro_batches)
+        self._session = session
         self._reduction = Reduction(parameters, ranks, self.num_micro_batches, session.config.elastic.exact)
         self._batches: Iterator[Any] | None = None
         self._is_reduced = True
@@ -63,12 +51,12 @@ class Share:
             raise RunError("the gradients of the last step were not summed up: call reduce() before optimizer.step()")
         self._is_reduced = False
         if self._batches is None:
-            self._batches = session.fetch(self._data, self._addresses(session.step), self._collate)
+            self._batches = self.feed.batches(session.step)
         for slot in range(self.num_slots):
             session.safe_point()  # every rank passes as many, also one with fewer micro-batches
-            if slot >= len(self._mine):
+            if slot >= len(self.feed.mine):
                 continue
-            self.index = self._mine[slot]
+            self.index = self.feed.mine[slot]
             with session.clock("data"):
                 batch = next(self._batches)
             randomness.seed_everything(derive_seed(session.config.seed, "step", session.step, self.index))
@@ -92,7 +80,7 @@ class Share:
         with self._session.clock("reduction"):
             self._reduction.finish()
         self._is_reduced = True
-        self._session.counters["samples"] += self.num_micro_batches * self._micro_batch
+        self._session.counters["samples"] += self.num_micro_batches * self.feed.micro_batch
 
     @contextlib.contextmanager
     def rehearsal(self) -> Iterator[None]:
@@ -104,12 +92,3 @@ class Share:
     def close(self) -> None:
         """End the workers that fetch samples; an interpreter that ends would wait for them. Called by the session."""
         self._batches = None
-
-    def _addresses(self, start: int) -> Iterator[list[Address]]:
-        """The samples of this rank's micro-batches from a step on."""
-        step = start
-        while True:
-            for index in self._mine:
-                first = (step * self.num_micro_batches + index) * self._micro_batch
-                yield [self.order.address(first + i) for i in range(self._micro_batch)]
-            step += 1

@@ -21,7 +21,7 @@ Without it each rank has one GPU with all on it, and nothing is expected.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -73,12 +73,35 @@ class StepReport:
 
 
 @runtime_checkable
+class ShardedSource(Protocol):
+    """Training data that can only be read forward, in shards: files, say. Shards are shuffled, what is in them is not.
+
+    Give it at least as many shards as there are micro-batches in a global batch, of about the same size; then no two
+    ranks or workers read one shard. ``latentwire.JsonlShards`` is one, and a class that turns its rows into samples
+    while they pass is another.
+    """
+
+    @property
+    def shards(self) -> Sequence[str]:
+        """Their names. The same ones in the same order on every rank, in every attempt."""
+
+    def read(self, shard: str, offset: int) -> Iterator[tuple[Any, int]]:
+        """The samples of a shard from an offset on, each with the offset that lies behind it.
+
+        What comes after an offset may depend on nothing that was read before it: reading may begin there. 0 is the
+        beginning of the shard; other offsets are what this method gave, below 2**63, each another, and mean nothing to
+        anybody else. Used from DataLoader workers too.
+        """
+
+
+@runtime_checkable
 class Workload(Protocol):
     """A model with its data, driven by the training loop. Constructed as ``Target(options)`` on every rank.
 
     Order of calls: ``__init__`` (cheap), ``build`` once, then ``step`` and ``evaluate`` as often as the loop likes.
     Nothing may depend on rank, time or call history: the generators of Python, NumPy and torch are seeded by
-    (seed, step, micro-batch) before every ``step``, and by (seed, epoch, index) before every ``train_data[index]``.
+    (seed, step, micro-batch) before every ``step``, and by (seed, epoch, index) before every ``train_data[index]``, or
+    for a stream by (seed, epoch, shard, offset) before every sample.
     """
 
     def __init__(self, options: Any) -> None: ...
@@ -88,8 +111,8 @@ class Workload(Protocol):
         """The module whose parameters are trained and saved; frozen models must not be inside it."""
 
     @property
-    def train_data(self) -> Sequence[Any]:
-        """Map-style training data: ``len()`` and ``[index]``, used from DataLoader workers too."""
+    def train_data(self) -> Sequence[Any] | ShardedSource:
+        """Map-style training data (``len()`` and ``[index]``), or a stream; used from DataLoader workers too."""
 
     @property
     def eval_data(self) -> Sequence[Any]:

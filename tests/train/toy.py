@@ -8,17 +8,21 @@ once in a run unless told otherwise.
 from __future__ import annotations
 
 import collections
+import json
 import os
 import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pydantic
 
+import latentwire
 from latentwire.errors import WorkloadError
+from latentwire.run.atomic import write_text
 from latentwire.workloads.base import BuildContext, StepReport
 
 if TYPE_CHECKING:
@@ -47,6 +51,8 @@ class Options(pydantic.BaseModel):
     pause_s: float = pydantic.Field(default=0.0, ge=0)
     """Sleep so long in every micro-batch."""
     no_data: bool = False
+    num_shards: int = 0
+    """Train from a stream of so many files, which are made in the run's directory."""
     depends_on_attempt: bool = False
     """Break the law on purpose: the loss follows the number of attempts on disk."""
     troubles: tuple[Trouble, ...] = ()
@@ -71,6 +77,28 @@ class Points(Sequence[Any]):
         clean = self._inputs[index]
         noise = torch.randn(8) * random.random() * float(numpy.random.rand()) if self._noisy else torch.zeros(8)
         return clean + noise, clean.sum(dim=0, keepdim=True)
+
+
+class Lines:
+    """The same from JSON lines files of different lengths, that can only be read forward."""
+
+    def __init__(self, folder: Path, num_shards: int) -> None:
+        import torch
+
+        generator = torch.Generator().manual_seed(num_shards)
+        folder.mkdir(exist_ok=True)
+        for shard in range(num_shards):  # every rank writes the same
+            rows = torch.randn(3 + shard % 4, 8, generator=generator).tolist()
+            write_text(folder / f"{shard:02}.jsonl", "".join(json.dumps({"point": row}) + "\n" for row in rows))
+        self._files = latentwire.JsonlShards(folder.glob("*.jsonl"))
+        self.shards = self._files.shards
+
+    def read(self, shard: str, offset: int) -> Iterator[tuple[Any, int]]:
+        import torch
+
+        for row, after in self._files.read(shard, offset):
+            clean = torch.tensor(row["point"])
+            yield (clean + torch.randn(8) * random.random(), clean.sum(dim=0, keepdim=True)), after
 
 
 class Toy:
@@ -99,7 +127,9 @@ class Toy:
         if self.options.counts:
             self.model.register_buffer("num_seen", torch.zeros((), dtype=torch.int64))
             self.model.register_buffer("running_mean", torch.zeros(8))
-        self._points, self._held_out = Points(101, noisy=True), Points(16, noisy=False)
+        shards = self.options.num_shards
+        self._points = Lines(context.run_path / "shards", shards) if shards else Points(101, noisy=True)
+        self._held_out = Points(16, noisy=False)
         self._shift = len(os.listdir(context.run_path / "attempts")) * 0.01 if self.options.depends_on_attempt else 0.0
 
     @property
@@ -107,7 +137,7 @@ class Toy:
         return self.model
 
     @property
-    def train_data(self) -> Sequence[Any]:
+    def train_data(self) -> Sequence[Any] | latentwire.ShardedSource:
         return self._points
 
     @property

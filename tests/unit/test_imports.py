@@ -23,7 +23,7 @@ def modules_after(statement: str) -> set[str]:
     "module",
     ["latentwire", "latentwire.run.status", "latentwire.config", "latentwire.preemption.handler",
      "latentwire.checkpoint.manager", "latentwire.checkpoint.mirror", "latentwire.train.agent",
-     "latentwire.monitor", "latentwire.monitor.gpu",
+     "latentwire.monitor", "latentwire.monitor.gpu", "latentwire.workloads.jsonl",
      "latentwire.elastic.planner", "latentwire.workloads.pair.footprint", "latentwire.errors"],
 )  # fmt: skip
 def test_rooms_without_torch_load_none_of_the_heavy_packages(module: str) -> None:
@@ -69,8 +69,8 @@ def test_the_public_names_are_those_that_are_documented() -> None:
     import latentwire
 
     documented = {
-        "CheckpointManager", "Config", "GPUMonitor", "Preempted", "PreemptionHandler", "Session", "Workload",
-        "__version__", "load_config",
+        "CheckpointManager", "Config", "GPUMonitor", "JsonlShards", "Preempted", "PreemptionHandler", "Session",
+        "ShardedSource", "Workload", "__version__", "load_config",
     }  # fmt: skip
     assert set(latentwire.__all__) == documented
     assert set(dir(latentwire)) == documented
@@ -79,7 +79,7 @@ def test_the_public_names_are_those_that_are_documented() -> None:
 def test_each_public_name_resolves() -> None:
     program = "import latentwire\nfor name in latentwire.__all__: print(name, getattr(latentwire, name).__class__)"
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    assert len(out.splitlines()) == 9
+    assert len(out.splitlines()) == 11
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
