@@ -76,7 +76,7 @@ def flops_per_sample(workload: PairWorkload, target_tokens: int) -> float:
     total = 0.0
     for frozen in workload._frozen.values():
         layers = sum(p.numel() for p in frozen.model.get_decoder().layers.parameters() if p.ndim == 2)
-        positions = frozen.head.shape[1] + LATENTS + frozen.tail.shape[1] + target_tokens
+        positions = frozen.head.shape[1] + LATENTS + frozen.tail.shape[1] + target_tokens - 1
         total += 4.0 * (layers * positions + frozen.model.get_output_embeddings().weight.numel() * target_tokens)
     return total
 

@@ -51,14 +51,13 @@ def main() -> None:
 
 
 def ways(device: torch.device) -> Iterator[tuple[str, Step, dict[str, Any]]]:
-    """Name, step and how to build; each adds to the one before, the last two are for short memory."""
+    """Name, step and how to build; each adds to the one before, the last is for short memory."""
     yield "plain transformers", plain, {}
     make_repeatable(torch.get_num_threads(), deterministic=True)
     yield "plain transformers, repeatable bits", plain, {}
     yield "ours: no masks, logits in chunks", ours, {}
     if device.type == "cuda":
         yield "ours: and compiled layers", ours, {"compile": True}
-        yield "the same, one model after the other", ours, {"compile": True, "sequential_models": True}
         yield "the same, gradient checkpointing", ours, {"compile": True, "checkpointed": True}
 
 

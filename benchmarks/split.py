@@ -59,6 +59,7 @@ def layouts(num_devices: int, kind: str) -> Iterator[tuple[str, Devices]]:
     yield "both on one", {"llama": (at[0],), "qwen": (at[0],)}
     if num_devices >= 2:
         yield "Llama | Qwen", {"llama": (at[0],), "qwen": (at[1],)}
+        yield "Llama over two, Qwen beside", {"llama": (at[0], at[1]), "qwen": (at[1],)}
     if num_devices >= 3:
         yield "Llama over two | Qwen", {"llama": (at[0], at[1]), "qwen": (at[2],)}
     if num_devices >= 4:

@@ -91,7 +91,7 @@ class Footprint:
     Attributes:
         modules: the frozen ones, in the order in which they run.
         trained: the rest.
-        one_by_one: a module's backward pass ends before the next module's forward pass begins.
+        one_by_one: on the same device a module's backward pass ends before the next module's forward pass begins.
         efficiency: of a data sheet's TFLOP/s, what its steps get.
         notes: what was assumed where it could not be known, in words for a person.
         activation_scale, more_bytes: corrections of the peak on each device, by ``fitted``.
@@ -215,14 +215,14 @@ def seconds_per_sample(
 ) -> float:
     """Both passes of one sample on a replica whose places compute so fast; exchange and optimizer not counted.
 
-    A module that lies over several places is there once at a time. Modules on different places run at the same time,
-    unless they run one by one. The trained part runs before and after them.
+    A module that lies over several places is there once at a time. Modules on different places run at the same time.
+    The trained part runs before and after them.
     """
     parts = _parts(footprint, modules)
     seconds = {part: part.flops(checkpointing) / flops_per_s[part.place] for part in parts}
     of_module = [sum(s for p, s in seconds.items() if p.module is module) for module in footprint.modules]
     of_place = [sum(s for p, s in seconds.items() if p.place == place) for place in range(num_places(modules))]
-    frozen = sum(of_module) if footprint.one_by_one else max(of_module + of_place, default=0.0)
+    frozen = max(of_module + of_place, default=0.0)
     return footprint.trained.flops / flops_per_s[0] + frozen
 
 

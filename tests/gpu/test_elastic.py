@@ -17,7 +17,7 @@ from latentwire.run.directory import Attempt, Run, create_run
 
 TOP = Path(__file__).parents[2]
 NUM_GPUS = len(list_gpus())
-STEPS_AT_A_START = 4
+STEPS_AT_A_START = 2
 LAYOUTS = [layout for layout in [(1, 1), (1, 2), (2, 1), (3, 1), (2, 2), (4, 1)] if layout[0] * layout[1] <= NUM_GPUS]
 """Ranks, and GPUs of each."""
 

@@ -16,7 +16,7 @@ import torch
 
 from latentwire.errors import WorkloadError
 from latentwire.workloads.base import BuildContext, Workload
-from latentwire.workloads.pair import PairWorkload
+from latentwire.workloads.pair import PairWorkload, frozen
 from latentwire.workloads.pair.families import FAMILIES
 from latentwire.workloads.pair.folders import make_once
 
@@ -32,6 +32,9 @@ OPTIONS: dict[str, Any] = {
 
 class Preempted(Exception):
     """Stands for the loop's own exception, which a workload must let pass."""
+
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -209,15 +212,30 @@ def test_gradients_reach_the_whole_wire_and_nothing_frozen(workload: PairWorkloa
 
 
 @pytest.mark.parametrize(
-    ("options", "changes"), [({"sequential_models": True}, {}), ({}, {"gradient_checkpointing": True})]
+    "changes",
+    [
+        {"gradient_checkpointing": True},
+        {"devices": {"llama": (CPU,), "qwen": (torch.device("cpu", 0),)}},  # another device to all but the tensors
+    ],
 )
-def test_saving_memory_changes_no_bit(
-    runs: Path, workload: PairWorkload, options: dict[str, Any], changes: dict[str, Any]
+def test_where_and_when_a_model_runs_changes_no_bit(
+    runs: Path, workload: PairWorkload, changes: dict[str, Any]
 ) -> None:
-    thrifty = build(runs, options, **changes)
+    thrifty = build(runs, **changes)
     expected = gradients(workload, batch_of(workload))
     for name, gradient in gradients(thrifty, batch_of(thrifty)).items():
         assert torch.equal(gradient, expected[name]), name
+
+
+def test_compiled_layers_meet_few_shapes(runs: Path, workload: PairWorkload, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of any text lengths: torch gives up on a function that is compiled for too many shapes."""
+    monkeypatch.setattr(frozen, "COMPILED", {"fullgraph": True, "dynamic": False, "backend": "aot_eager"})
+    compiled = build(runs, {"compile": True})
+    for first in range(12):
+        samples = list(workload.train_data[first::97][: 4 + first % 2 * 4])
+        expected = gradients(workload, workload.collate(samples))
+        for name, gradient in gradients(compiled, compiled.collate(samples)).items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
 
 
 def test_bf16_trains_float32_weights(runs: Path) -> None:

@@ -144,8 +144,6 @@ def test_the_pace_by_hand() -> None:
     assert seconds_per_sample(BOTH, TWO, False, [1.0, 1.0]) == 4 + each
     assert seconds_per_sample(BOTH, TWO, False, [1.0, 0.5]) == 4 + 2 * each
     assert seconds_per_sample(BOTH, {"a": (0, 1), "b": (2,)}, False, [1.0, 1.0, 1.0]) == 4 + each
-    one_by_one = dataclasses.replace(BOTH, one_by_one=True)
-    assert seconds_per_sample(one_by_one, TWO, False, [1.0, 1.0]) == 4 + 2 * each
 
 
 # ---- Correction by measurements --------------------------------------------------------------------------------------

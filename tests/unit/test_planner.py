@@ -250,8 +250,6 @@ def test_samples_per_second_follow_from_the_data_sheet() -> None:
     assert best("2xH100-40GB").samples_per_s == pytest.approx(2 * whole), "both models at the same time"
     checkpointed = best("1xH100-80GB", train={"gradient_checkpointing": True})
     assert checkpointed.samples_per_s == pytest.approx(whole / 1.5), "a third pass beside two"
-    one_by_one = dataclasses.replace(PAIR, one_by_one=True)
-    assert best("2xH100-40GB", one_by_one).samples_per_s == pytest.approx(whole)
     only = Footprint((LARGE,), TRAINED)
     cut = best("2xH100-18GB", only, micro_batch=1, elastic={"memory_target": 0.85})
     assert cut.modules == {"large": (0, 1)}

@@ -35,12 +35,13 @@ class _MeanOverRows(torch.autograd.Function):
     """The mean loss of rows of hidden states; see ``cross_entropy``."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, errors: Errors) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, errors_of_whole: Errors) -> Tensor:
         total = torch.zeros((), device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), CHUNK_ROWS):
             rows = slice(start, start + CHUNK_ROWS)
-            losses, error = errors(functional.linear(hidden[rows], weight), tokens[rows])
+            of_chunk = errors_of_whole if start + CHUNK_ROWS <= len(hidden) else errors
+            losses, error = of_chunk(functional.linear(hidden[rows], weight), tokens[rows])
             total += losses.sum()
             if gradient is not None:
                 torch.mm(error, weight, out=gradient[rows])
@@ -55,14 +56,15 @@ class _MeanOverRows(torch.autograd.Function):
         return gradient * (grad_outputs[0] / len(gradient)), None, None, None
 
 
-def cross_entropy(hidden: Tensor, weight: Tensor, tokens: Tensor, errors: Errors = errors) -> Tensor:
+def cross_entropy(hidden: Tensor, weight: Tensor, tokens: Tensor, errors_of_whole: Errors = errors) -> Tensor:
     """The mean cross-entropy, float32.
 
     Args:
         hidden: (N, H) states that predict.
         weight: (V, H) of the output layer; gets no gradient.
         tokens: (N,) what they should predict.
-        errors: ``errors`` of this module, perhaps compiled.
+        errors_of_whole: ``errors`` of this module, perhaps compiled, for chunks of the one full size. The last chunk is
+            of another size in every batch and never compiled.
     """
-    loss: Tensor = _MeanOverRows.apply(hidden, weight, tokens, errors)
+    loss: Tensor = _MeanOverRows.apply(hidden, weight, tokens, errors_of_whole)
     return loss

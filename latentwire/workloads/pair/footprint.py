@@ -68,7 +68,7 @@ def footprint(options: Mapping[str, Any], train: TrainSection) -> Footprint | No
     widths = {name: model.hidden for name, model in models.items()}
     trained = _trained(checked.wire, checked.data.max_source_bytes, widths, train, number_bytes)
     efficiency = EFFICIENCY_COMPILED if checked.compile else EFFICIENCY
-    return Footprint(modules, trained, checked.sequential_models, efficiency, tuple(notes))
+    return Footprint(modules, trained, True, efficiency, tuple(notes))
 
 
 # ---- The frozen models -----------------------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ class DecoderShape:
 def _frozen(name: str, shape: DecoderShape, options: Options, number_bytes: int) -> FrozenModule:
     model: ModelOptions = getattr(options, name)
     targets = options.data.max_target_tokens
-    length = (TEMPLATE_TOKENS if model.use_chat_template else 1) + options.wire.latent_len + targets
+    length = (TEMPLATE_TOKENS if model.use_chat_template else 1) + options.wire.latent_len + targets - 1
     products, attention = 2 * length * shape.matrix_parameters, shape.attention_flops(length)
     return FrozenModule(
         name,

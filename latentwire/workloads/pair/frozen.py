@@ -77,9 +77,8 @@ class FrozenModel:
         """
         first, last = self.devices[0], self.devices[-1]
         tokens = target.tokens.to(first, non_blocking=True)
-        embeds = self._assemble(prefix.to(first), tokens)
-        num_before = embeds.shape[1] - tokens.shape[1]
-        hidden = self._through_layers(embeds)[:, num_before - 1 : -1].flatten(0, 1)
+        embeds = self._assemble(prefix.to(first), tokens[:, :-1])  # nothing follows the last, so nobody reads it
+        hidden = self._through_layers(embeds)[:, -tokens.shape[1] :].flatten(0, 1)
         predicting = hidden.index_select(0, target.rows.to(last, non_blocking=True))
         states = self.model.get_decoder().norm(predicting)
         weight = self.model.get_output_embeddings().weight
@@ -87,7 +86,7 @@ class FrozenModel:
         return loss.to(prefix.device)
 
     def _assemble(self, prefix: Tensor, tokens: Tensor) -> Tensor:
-        """Embeddings (B, head + latent_len + tail + T, H) in the model's dtype."""
+        """Embeddings (B, head + latent_len + tail + tokens, H) in the model's dtype."""
         embed, size = self.model.get_input_embeddings(), len(tokens)
         parts = [self.head.expand(size, -1, -1), prefix.to(embed.weight.dtype), self.tail.expand(size, -1, -1)]
         return torch.cat([*parts, embed(tokens)], dim=1)

@@ -142,5 +142,3 @@ class Options(Section):
     compile: bool = False
     """Compile the models' layers for the GPU: a third faster on an H200, for 15 s at a node's first start. Rounds
     otherwise than without."""
-    sequential_models: bool = False
-    """One model at a time, forward and backward: only one model's activations are in memory at once."""
