@@ -221,6 +221,14 @@ class ElasticSection(Section):
     patience_s: Annotated[float, Field(gt=0)] = 600.0
     """A job that waits in the queue for longer is moved to the next rung of scheduler.gpus."""
 
+    @pydantic.field_validator("timeout_s")
+    @classmethod
+    def _named_before_given_up(cls, timeout_s: float, info: pydantic.ValidationInfo) -> float:
+        hang_s = info.data.get("hang_s", 0.0)
+        if timeout_s <= hang_s:
+            raise ValueError(f"must be more than elastic.hang_s ({hang_s:g})")
+        return timeout_s
+
 
 class SchedulerSection(Section):
     """Where jobs go and what they ask for."""

@@ -14,6 +14,7 @@ from typing import Any
 from latentwire.run.budget import verdict_of
 from latentwire.run.directory import Attempt, Run
 from latentwire.run.journal import last_record, read_journal
+from latentwire.run.telling import tell_hang
 
 HEARTBEAT_S = 90.0
 """On another node an attempt counts as alive while it wrote within so many seconds."""
@@ -156,6 +157,7 @@ class _Facts:
         self.verified_at: float | None = None
         self.weights_sha256: str | None = None
         self.alarm: str | None = None
+        self.hang: str | None = None
         self.forecast: dict[str, Any] = {}
 
     def take(self, attempt: Attempt) -> None:
@@ -176,8 +178,11 @@ class _Facts:
         if name == "attempt_started":
             self.last_step_at = _number(event.get("time"))
             self.forecast = {}
+            self.hang = None
         elif name == "forecast":
             self.forecast = event
+        elif name in ("hang", "hang_over"):
+            self.hang = tell_hang(event) if name == "hang" else None
         if name in ("attempt_started", "training_started") and event.get("total_steps") is not None:
             self.total_steps = _whole(event["total_steps"], self.total_steps or 0)
         elif name == "restored":
@@ -206,7 +211,9 @@ def _state(run: Run, alive: bool, outcomes: list[str], facts: _Facts, now: float
         if facts.alarm is not None:
             return "RUNNING", facts.alarm
         stalled = facts.last_step_at is not None and now - facts.last_step_at > STALLED_S
-        return ("STALLED", f"no step for {now - (facts.last_step_at or now):.0f} s") if stalled else ("RUNNING", None)
+        if stalled:
+            return "STALLED", facts.hang or f"no step for {now - (facts.last_step_at or now):.0f} s"
+        return "RUNNING", facts.hang
     last = outcomes[-1] if outcomes else None
     if last == "finished":
         return "DONE", None

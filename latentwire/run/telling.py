@@ -39,6 +39,11 @@ _WORDS: dict[str, Callable[[Event], str | None]] = {
     "placed": lambda e: f"placed on {', '.join(e.get('devices', []))}: {e.get('why')}",
     "node_started": lambda e: f"node {e.get('node')} ({e.get('host')}) takes part",
     "environment_changed": lambda e: f"WARNING environment changed, {e.get('note')}: {'; '.join(e.get('changes', []))}",
+    "hang": lambda e: f"WARNING {tell_hang(e)}",
+    "hang_over": lambda e: f"{_ranks(e.get('ranks', []))} came after {_figure(e.get('waited_s'))} s",
+    "micro_batch_halved": lambda e: (
+        f"WARNING micro-batch {e.get('to')} instead of {e.get('from')} after running out of memory: {e.get('note')}"
+    ),
     "forecast": lambda e: (
         f"WARNING {e['warning']}. To change it: {e.get('advice')}"
         if e.get("warning")
@@ -87,6 +92,21 @@ def tell(event: Event) -> str | None:
     """The event in words; None for one that only matters in a file."""
     words = _WORDS.get(str(event.get("event")))
     return words(event) if words is not None else None
+
+
+def tell_hang(event: Event) -> str:
+    """Which ranks keep which others waiting, and where they stand."""
+    waited = f"{_figure(event.get('waited_s'))} s"
+    if not event.get("ranks"):
+        return f"all ranks wait for each other since {waited}: the network between them"
+    return (
+        f"{_ranks(event['ranks'])} ({', '.join(event.get('at', []))}) did not come for {waited}, "
+        f"awaited by {_ranks(event.get('waiting', []))}"
+    )
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"rank{'s' * (len(ranks) != 1)} {', '.join(map(str, ranks))}"
 
 
 def _seconds(event: Event) -> str:

@@ -22,13 +22,14 @@ from latentwire.monitor.rollup import summarise
 from latentwire.preemption.forecast import Grace, as_event, forecast, measured_before
 from latentwire.preemption.handler import PreemptionHandler
 from latentwire.run.atomic import read_json, write_json
-from latentwire.run.budget import Verdict, next_move, num_halvings
+from latentwire.run.budget import Verdict, next_move, num_halvings, verdict_of
 from latentwire.run.directory import Attempt, Run
 from latentwire.run.journal import Journal
 from latentwire.run.rollup import summarise_metrics
 from latentwire.train.allocation import Allocation
-from latentwire.train.node import NodeProcesses, Rendezvous, take_inventory, write_environment
+from latentwire.train.node import ONE_NODE, NodeProcesses, Rendezvous, take_inventory, write_environment
 from latentwire.train.verdicts import RankEnd, judge, said_by_ranks
+from latentwire.train.watch import HangWatch
 
 _POLL_S = 0.1
 _LOOK_ELSEWHERE_EVERY_S = 0.5
@@ -143,14 +144,16 @@ class _Supervision:
         self._record_environment(inventory)
         placement = self._plan(inventory)
         write_json(self.attempt.path / "placement.json", dataclasses.asdict(placement))
+        self._tell_if_halved(placement)
         self.journal.event("placed", devices=placement.devices, micro_batch=placement.micro_batch, why=placement.why)
-        rendezvous = Rendezvous("127.0.0.1" if job.num_nodes == 1 else job.address(), _free_port())
+        rendezvous = Rendezvous(ONE_NODE if job.num_nodes == 1 else job.address(), _free_port())
         if job.num_nodes > 1:
             rendezvous.write(self.attempt)
         self._elsewhere = {rank: node for rank, node in enumerate(placement.nodes) if node != job.node_rank}
         self.processes.start(placement, rendezvous)
         self._forecast()  # when the ranks are on their way: the scheduler may take its time to answer
-        return self._watch()
+        watch = (self.config.elastic, self.processes.state_of, self.journal.event)
+        return self._watch(HangWatch(self.attempt, placement.world_size, *watch))
 
     def _plan(self, inventory: Inventory) -> Placement:
         found = read_json(self.run.path / "micro_batch.json")  # what the ranks of an earlier attempt made of ``auto``
@@ -185,6 +188,16 @@ class _Supervision:
         if changes:
             self.journal.event("environment_changed", changes=changes, note="bits may differ from here on")
 
+    def _tell_if_halved(self, placement: Placement) -> None:
+        """One plan for all ranks: whichever of them ran out of memory, all compute the same from here on."""
+        before = next((a for a in reversed(self.run.attempts()) if a.number < self.attempt.number), None)
+        if before is None or verdict_of(before).cause != "oom":
+            return
+        earlier = read_json(before.path / "placement.json")
+        if isinstance(earlier, dict) and earlier["micro_batch"] > placement.micro_batch:
+            change = {"from": earlier["micro_batch"], "to": placement.micro_batch}
+            self.journal.event("micro_batch_halved", **change, note="bits may differ from here on")
+
     def _forecast(self) -> None:
         """Hold what earlier attempts took against the grace; rank 0 does so with what it measures itself."""
         grace = self.agent.grace
@@ -196,8 +209,8 @@ class _Supervision:
 
     # --- watching -----------------------------------------------------------------------------------------------------
 
-    def _watch(self) -> Verdict:
-        """Pass signals on until the ranks have ended, one on any node has failed, or the attempt is superseded."""
+    def _watch(self, hangs: HangWatch) -> Verdict:
+        """Pass signals on until the ranks have ended, one fails or does not come, or the attempt is superseded."""
         while True:
             if self.processes.have_ended or self.processes.have_failed or self._has_failed_elsewhere():
                 return self._judge()
@@ -207,6 +220,8 @@ class _Supervision:
                     return _SUPERSEDED
                 if time.monotonic() > self._all_come_by and (missing := self._nodes_that_never_came()):
                     return Verdict("lost", error=f"{missing} did not come within {_FOLLOWERS_COME_WITHIN_S:g} s")
+            if (hang := hangs.look()) is not None:
+                return Verdict("failed", "network", error=hang)
             self.processes.pass_signals_on()
             time.sleep(_POLL_S)
 

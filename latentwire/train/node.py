@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -30,7 +30,9 @@ from latentwire.train.allocation import Allocation
 from latentwire.train.verdicts import RankEnd, said_by_ranks
 from latentwire.train.worker import AGENT_PID
 
-_POLL_S = 0.1
+ONE_NODE = "127.0.0.1"
+"""Where the ranks of one node meet."""
+_LAST_LINES = 50
 _KILL_AFTER_S = 20.0
 """So long a rank may take to leave."""
 
@@ -106,6 +108,7 @@ class NodeProcesses:
 
     def _start_rank(self, rank: int, local_rank: int, world_size: int, rendezvous: Rendezvous) -> None:
         environ = os.environ | {
+            **network_variables(rendezvous, os.environ),
             AGENT_PID: str(os.getpid()),
             "RANK": str(rank),
             "LOCAL_RANK": str(local_rank),
@@ -146,6 +149,15 @@ class NodeProcesses:
         """A rank ended otherwise than finished or preempted."""
         return any(rank.poll() not in (None, 0, EXIT_CODE) for rank in self._ranks.values())
 
+    def state_of(self, rank: int) -> str | None:
+        """What the kernel says of a rank's process: ``sleeping``, ``stopped``; None for one that is not here."""
+        process = self._ranks.get(rank)
+        if process is None or process.poll() is not None:
+            return None
+        import psutil  # 30 ms: only where a rank is silent
+
+        return str(psutil.Process(process.pid).status())
+
     def ends(self) -> dict[int, RankEnd]:
         """How the ranks that have ended did; what a rank did not say is read from its exit code."""
         codes = {rank: code for rank, process in self._ranks.items() if (code := process.poll()) is not None}
@@ -158,13 +170,15 @@ class NodeProcesses:
         if code < 0 and self._handler.notice is not None:
             return Verdict("preempted", step=None, error=f"rank {rank} was ended by {signal.Signals(-code).name}")
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-        error = f"rank {rank} ended {how}: {self._last_line(rank)}"
+        lines = self._last_lines(rank)
+        error = f"rank {rank} ended {how}: {lines[-1][:300] if lines else 'it left no message'}"
+        if code == -signal.SIGABRT and any("NCCL" in line for line in lines):
+            return Verdict("failed", "network", error=error)  # its watchdog does that where another rank is lost
         return Verdict("failed", "killed" if code < 0 else "other", error=error)
 
-    def _last_line(self, rank: int) -> str:
+    def _last_lines(self, rank: int) -> list[str]:
         log = self._attempt.path / _log_name("stderr", rank)
-        lines = log.read_text(errors="replace").strip().splitlines()
-        return lines[-1][:300] if lines else "it left no message"
+        return log.read_text(errors="replace").strip().splitlines()[-_LAST_LINES:]
 
     def pass_signals_on(self) -> None:
         """Hand on what this process was told since the last call. After a notice it asks the scheduler: a second."""
@@ -193,6 +207,7 @@ class NodeProcesses:
     def end(self, kill_after_s: float = _KILL_AFTER_S) -> None:
         """No rank outlives the attempt; the monitor ends with its input. Blocks until all are gone."""
         self._signal(signal.SIGTERM)
+        self._signal(signal.SIGCONT)  # one that is stopped hears nothing else
         deadline = time.monotonic() + kill_after_s
         for rank in self._ranks.values():
             try:
@@ -235,6 +250,17 @@ def take_inventory() -> Inventory:
         cpu_model=cpu_model(cpuinfo.read_text().splitlines() if cpuinfo.exists() else []),
         versions={package: metadata.version(package) for package in packages},
     )
+
+
+def network_variables(rendezvous: Rendezvous, environ: Mapping[str, str]) -> dict[str, str]:
+    """Ranks of one node need no network: a host name that leads nowhere, or into a VPN, must not keep them apart.
+
+    On several nodes the libraries choose; and what the user has set in ``environ`` stands.
+    """
+    if rendezvous.address != ONE_NODE:
+        return {}
+    loopback = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "=lo"}  # NCCL takes a plain name for a beginning
+    return {name: value for name, value in loopback.items() if name not in environ}
 
 
 def _log_name(stream: str, rank: int) -> str:

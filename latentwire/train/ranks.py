@@ -16,8 +16,13 @@ from typing import Any, TypeAlias
 import torch
 import torch.distributed as dist
 
+from latentwire.train.watch import Standing
+
 MEET_WITHIN = datetime.timedelta(minutes=10)
 """From the first rank to the last; torch may take minutes to come from a network file system."""
+
+_AFTER_THE_AGENT_S = 60.0
+"""By so much later than the agent gloo and NCCL give a rank up: they cannot say which one it is."""
 
 Work: TypeAlias = Any
 """What torch.distributed returns of a collective that goes on by itself."""
@@ -29,34 +34,38 @@ class Ranks:
 
     Attributes:
         gradients: the process group of ``all_to_all``, ``all_gather`` and ``all_reduce``, which only begin.
+        standing: what the watchdog looks at.
     """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     gradients: Any = None
+    standing: Standing = dataclasses.field(default_factory=Standing)
 
     @classmethod
-    def connect(cls, device: torch.device, timeout_s: float) -> Ranks:
+    def connect(cls, device: torch.device, timeout_s: float, standing: Standing) -> Ranks:
         """Join the others as RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT say. Blocks until all came.
 
         Args:
             device: where this rank computes, and on a GPU the one that no other rank has.
-            timeout_s: so long a collective waits for a rank.
+            timeout_s: after so long the agent ends an attempt whose ranks wait for one of them.
+            standing: where this rank notes that it waits.
 
         Raises:
             ConnectionError: they did not meet; so do all collectives where a rank is lost.
         """
         rank, size, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
         if size == 1:
-            return cls(rank, size, local)
+            return cls(rank, size, local, standing=standing)
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        timeout = datetime.timedelta(seconds=timeout_s)
-        with _lost_ranks_are_a_network_failure():
+        timeout = datetime.timedelta(seconds=timeout_s + _AFTER_THE_AGENT_S)
+        where = f"did not meet at {address}:{port}; where nodes have several networks, GLOO_SOCKET_IFNAME and "
+        with _together(standing, where + "NCCL_SOCKET_IFNAME name the interface that joins them"):
             store = dist.TCPStore(address, port, size, rank == 0, timeout=MEET_WITHIN)  # type: ignore[attr-defined]
             dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
             gradients = dist.new_group(backend="nccl" if device.type == "cuda" else "gloo", timeout=timeout)
-        return cls(rank, size, local, gradients)
+        return cls(rank, size, local, gradients, standing)
 
     def disconnect(self) -> None:
         """Leave the group. Not collective."""
@@ -68,14 +77,14 @@ class Ranks:
         if self.world_size == 1:
             return values
         tensor = torch.tensor(values, dtype=torch.float64)
-        with _lost_ranks_are_a_network_failure():
+        with _together(self.standing):
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor.tolist()
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks of a CPU tensor. Collective. Exact where each item is non-zero on one rank only."""
         if self.world_size > 1:
-            with _lost_ranks_are_a_network_failure():
+            with _together(self.standing):
                 dist.all_reduce(values, op=dist.ReduceOp.SUM)
         return values
 
@@ -83,31 +92,40 @@ class Ranks:
 
     def all_to_all(self, received: torch.Tensor, sent: torch.Tensor, from_each: list[int], to_each: list[int]) -> Work:
         """Begin to send so many rows of ``sent`` to each rank and to receive so many from each. Collective."""
-        with _lost_ranks_are_a_network_failure():
+        with _together(self.standing):
             return dist.all_to_all_single(received, sent, from_each, to_each, group=self.gradients, async_op=True)
 
     def all_gather(self, gathered: torch.Tensor, mine: torch.Tensor) -> Work:
         """Begin to set all ranks' parts side by side. Collective."""
-        with _lost_ranks_are_a_network_failure():
+        with _together(self.standing):
             return dist.all_gather(list(gathered.chunk(self.world_size)), mine, group=self.gradients, async_op=True)
 
     def all_reduce(self, tensor: torch.Tensor) -> Work | None:
         """Begin to add up all ranks' tensors in place. Collective."""
         if self.world_size == 1:
             return None
-        with _lost_ranks_are_a_network_failure():
+        with _together(self.standing):
             return dist.all_reduce(tensor, group=self.gradients, async_op=True)
 
     def wait(self, work: Work) -> None:
         """Until it is done; between GPUs the stream waits and the host goes on."""
-        with _lost_ranks_are_a_network_failure():
+        with _together(self.standing):
             work.wait()
+
+    def wait_for_gpu(self, device: torch.device) -> None:
+        """The host too, until a GPU has all gradients: else a missing rank is felt wherever a figure is read next."""
+        if self.world_size > 1 and device.type == "cuda":
+            with self.standing.waiting():
+                torch.cuda.current_stream(device).synchronize()
 
 
 @contextlib.contextmanager
-def _lost_ranks_are_a_network_failure() -> Iterator[None]:
-    """Gloo tells of a broken connection by a bare RuntimeError, which could be anything."""
+def _together(standing: Standing, failed: str = "lost each other") -> Iterator[None]:
+    """In a collective. Gloo tells of a broken connection by a bare RuntimeError, which could be anything."""
     try:
-        yield
+        with standing.waiting():
+            yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
-        raise ConnectionError(f"the ranks lost each other: {error}") from error
+        raise ConnectionError(f"the ranks {failed}: {error}") from error

@@ -54,7 +54,9 @@ class Reduction:
         is_longest = len(mine) == schedule.num_slots(ranks.world_size, num_micro_batches)
         self._overlaps = is_longest and ranks.world_size > 1
         exchange = ExactExchange(ranks, num_micro_batches) if exact else PlainExchange(ranks, mine)
-        self._buckets = [_Bucket(members, exchange) for members in _divide(list(parameters), bucket_bytes)]
+        members = list(parameters)
+        self._device = members[0].device
+        self._buckets = [_Bucket(some, exchange) for some in _divide(members, bucket_bytes)]
         self._launched = 0
         self._fired: list[set[torch.nn.Parameter]] = []
         self._usual: list[set[torch.nn.Parameter]] = []
@@ -96,6 +98,7 @@ class Reduction:
             bucket.give_back()
         self._launched = 0
         self._now, self._fired = None, []
+        self._ranks.wait_for_gpu(self._device)
 
     def _on_gradient(self, parameter: torch.nn.Parameter) -> None:
         """Autograd has finished one parameter's gradient in this backward pass."""

@@ -88,17 +88,21 @@ class Session:
         self._agent_journal.event("attempt_started", total_steps=None)
         handler = PreemptionHandler(config.preemption.save_signal)
         handler.install()
-        self._start(run, attempt, config, handler, Ranks())
+        self._start(run, attempt, config, handler, Ranks(), Journal(attempt.path / "events.rank0.jsonl"))
 
     @classmethod
-    def attach(cls, run: Run, attempt: Attempt, config: Config, handler: PreemptionHandler, ranks: Ranks) -> Session:
-        """The session of a rank that an agent started: attempt and handlers are there already."""
+    def attach(
+        cls, run: Run, attempt: Attempt, config: Config, handler: PreemptionHandler, ranks: Ranks, journal: Journal
+    ) -> Session:
+        """The session of a rank that an agent started: attempt, handlers and journal are there already."""
         session = cls.__new__(cls)
         session._agent_journal = None
-        session._start(run, attempt, config, handler, ranks)
+        session._start(run, attempt, config, handler, ranks, journal)
         return session
 
-    def _start(self, run: Run, attempt: Attempt, config: Config, handler: PreemptionHandler, ranks: Ranks) -> None:
+    def _start(
+        self, run: Run, attempt: Attempt, config: Config, handler: PreemptionHandler, ranks: Ranks, journal: Journal
+    ) -> None:
         self.run = run
         self.attempt = attempt
         self.config = config
@@ -113,7 +117,7 @@ class Session:
         self.step_pace = Pace()
         self._handler = handler
         self._state = TrainingState()
-        self._journal = Journal(attempt.path / f"events.rank{ranks.rank}.jsonl")
+        self._journal = journal
         self._metrics = Journal(attempt.path / "metrics.jsonl") if ranks.rank == 0 else None
         self._saving: Saving | None = None
         self._shares: list[Share] = []
@@ -350,9 +354,11 @@ class Session:
     def clock(self, name: str) -> Iterator[None]:
         """Add the seconds inside to ``<name>_s`` of this step's line."""
         started = time.monotonic()
+        self.ranks.standing.place = name
         try:
             yield
         finally:
+            self.ranks.standing.place = None
             self._clocks[name] = self._clocks.get(name, 0.0) + time.monotonic() - started
 
     @property

@@ -7,8 +7,9 @@ torch is imported: a notice in the first seconds is kept, not fatal. How it ende
 from __future__ import annotations
 
 import argparse
+import atexit
+import contextlib
 import ctypes
-import gc
 import os
 import signal
 import sys
@@ -22,6 +23,7 @@ from latentwire.errors import Fenced, LatentWireError
 from latentwire.preemption.handler import EXIT_CODE, Preempted, PreemptionHandler
 from latentwire.run.atomic import read_json, write_json
 from latentwire.run.directory import Attempt, Run
+from latentwire.run.journal import Journal
 
 AGENT_PID = "LATENTWIRE_AGENT_PID"
 _PR_SET_PDEATHSIG = 1
@@ -41,7 +43,6 @@ def main() -> int:
         write_json(attempt.path / f"rank{os.environ.get('RANK', '0')}.json", verdict)
     except OSError as error:  # a full disk: the exit code and stderr must do
         print(f"{verdict.get('error') or verdict['outcome']} (and {error})", file=sys.stderr)
-    gc.freeze()  # else the interpreter's last collections walk all of torch: 0.6 s of the grace
     return {"finished": 0, "preempted": EXIT_CODE}.get(verdict["outcome"], 1)
 
 
@@ -78,23 +79,28 @@ def _train(run: Run, attempt: Attempt, config: Config, handler: PreemptionHandle
     from latentwire.train.precision import make_repeatable
     from latentwire.train.ranks import Ranks
     from latentwire.train.session import Session
+    from latentwire.train.watch import Standing, Watchdog
 
     make_repeatable(config.train.cpu_threads, config.train.deterministic)
     placement = Placement.from_json(read_json(attempt.path / "placement.json"))
     device = torch.device(placement.devices[int(os.environ["RANK"])][0])
     if device.type == "cuda":
         torch.cuda.set_device(device)  # else whatever names no device opens a context on the first GPU
-    ranks = Ranks.connect(device, config.elastic.timeout_s)
-    session = Session.attach(run, attempt, config, handler, ranks)
-    session.safe_point()
-    target = load_target(config.workload.target)
-    if isinstance(target, type):
-        from latentwire.train.loop import train
+    journal = Journal(attempt.path / f"events.rank{os.environ['RANK']}.jsonl")
+    standing = Standing()
+    has_company = placement.world_size > 1
+    with Watchdog(standing, config.elastic.hang_s, journal.event) if has_company else contextlib.nullcontext():
+        ranks = Ranks.connect(device, config.elastic.timeout_s, standing)
+        session = Session.attach(run, attempt, config, handler, ranks, journal)
+        session.safe_point()
+        target = load_target(config.workload.target)
+        if isinstance(target, type):
+            from latentwire.train.loop import train
 
-        train(session, target(config.workload.options), placement)
-    else:
-        target(session)
-    ranks.disconnect()
+            train(session, target(config.workload.options), placement)
+        else:
+            target(session)
+        ranks.disconnect()
     return session.step
 
 
@@ -109,5 +115,15 @@ def cause_of(error: Exception) -> str:
     return "user" if isinstance(error, LatentWireError) else "other"
 
 
+def _leave(code: int) -> None:
+    """Once the threads that save are done, end at once.
+
+    The interpreter's own end may wait for collectives that this rank began and the others, which miss it, cannot
+    finish; and its last collections walk all of torch, 0.6 s of the grace.
+    """
+    atexit.register(os._exit, code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _leave(main())

@@ -1,8 +1,8 @@
 """A tiny workload that behaves badly on demand.
 
 A file ``hold-<where>`` in the run's directory holds a number: from that visit on the toy stands still there, until the
-file is gone or names a later visit; a ``holding`` event says that it does. ``troubles`` happen in a training step, each
-once in a run unless told otherwise.
+file is gone or names a later visit; a ``holding`` event says that it does. At ``step-rank1`` only rank 1 is held.
+``troubles`` happen in a training step, each once in a run unless told otherwise.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Trouble(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
-    kind: Literal["oom", "network", "bug", "nan", "explode", "exit", "kill", "segfault"]
+    kind: Literal["oom", "network", "bug", "nan", "explode", "exit", "kill", "segfault", "late_oom"]
     after_samples: int
     once: bool = True
     rank: int | None = None
@@ -107,6 +107,7 @@ class Toy:
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.options = Options.model_validate(options)
         self._visits: collections.Counter[str] = collections.Counter()
+        self._fails_late = False
 
     def build(self, context: BuildContext) -> None:
         import torch
@@ -153,12 +154,15 @@ class Toy:
         import torch
 
         self._hold("step")
+        self._hold(f"step-rank{self._rank()}")
         time.sleep(self.options.pause_s)
         factor = self._trouble()
         inputs, targets = batch
         self._count(inputs)
         loss = torch.nn.functional.mse_loss(self.model(inputs), targets + self._shift)
         backward(loss * factor)
+        if self._fails_late:
+            raise MemoryError("no memory left at the end of the backward pass")
         return StepReport({"loss": loss.detach() * factor, "plane": loss.detach()}, len(inputs), num_tokens=len(inputs))
 
     def evaluate(self, batch: Any) -> StepReport:
@@ -211,6 +215,9 @@ class Toy:
     def _misbehave(self, kind: str) -> float:
         if kind == "oom":
             raise MemoryError("no memory left for this toy")
+        if kind == "late_oom":
+            self._fails_late = True
+            return 1.0
         if kind == "network":
             raise ConnectionError("the cable was pulled")
         if kind == "bug":

@@ -128,7 +128,7 @@ def test_every_mistake_is_told_at_once(write: Write) -> None:
      "preemption.grace_s=-1", "preemption.grace_s=.inf", "preemption.save_signal=KILL", "monitor.interval_s=0",
      "retry.oom=-1", "retry.network_backoff_s=0", "elastic.num_ranks=0", "scheduler.kind=pbs", "scheduler.gpus=-1",
      "scheduler.gpus=[1, 2]", "scheduler.gpus=[2, 2]", "scheduler.gpus=[]", "scheduler.nodes=0",
-     "elastic.patience_s=0", "scheduler.successors=-1", "scheduler.extra={nice: [1]}",
+     "elastic.patience_s=0", "elastic.timeout_s=120", "scheduler.successors=-1", "scheduler.extra={nice: [1]}",
      "train=5", "name=null", "workload=null", "workload.options=7"],
 )  # fmt: skip
 def test_impossible_values_are_refused_with_the_key(write: Write, override: str) -> None:

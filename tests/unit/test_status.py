@@ -103,6 +103,18 @@ def test_the_newest_forecast_of_a_running_attempt_stands(run: Run) -> None:
     assert foretold() == (None, None, None, None), "the next attempt makes its own"
 
 
+def test_a_rank_that_is_waited_for_is_named_until_it_comes(run: Run) -> None:
+    hang = {"ranks": [1], "at": ["save"], "waiting": [0, 2], "waited_s": 121.4}
+    reason = "rank 1 (save) did not come for 121 s, awaited by ranks 0, 2"
+    attempt = run.claim_attempt("1", "slurm")
+    tell(attempt, "agent", "attempt_started")
+    tell(attempt, "agent", "hang", **hang)
+    assert state_of(run) == ("RUNNING", reason)
+    assert state_of(run, NOW + STALLED_S + 1) == ("STALLED", reason)
+    tell(attempt, "agent", "hang_over", NOW + 1, **hang)
+    assert state_of(run) == ("RUNNING", None)
+
+
 @pytest.mark.parametrize(
     ("outcome", "state"),
     [("finished", "DONE"), ("preempted", "PREEMPTED"), ("interrupted", "STOPPED"), ("cancelled", "CANCELLED"),
