@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from latentwire.errors import WorkloadError
 from latentwire.workloads.base import BuildContext, Workload
@@ -206,9 +207,9 @@ def test_gradients_reach_the_whole_wire_and_nothing_frozen(workload: PairWorkloa
     reached = gradients(workload, batch_of(workload))
     assert set(reached) == {name for name, _ in workload.trainable.named_parameters()}
     assert all(gradient.abs().sum() > 0 for name, gradient in reached.items() if "key_value.bias" not in name)
-    for frozen in workload._frozen.values():
-        assert not frozen.model.training
-        assert all(not p.requires_grad and p.grad is None for p in frozen.model.parameters())
+    for model in workload._frozen.values():
+        assert not model.model.training
+        assert all(not p.requires_grad and p.grad is None for p in model.model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -227,15 +228,22 @@ def test_where_and_when_a_model_runs_changes_no_bit(
         assert torch.equal(gradient, expected[name]), name
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile looks at it
 def test_compiled_layers_meet_few_shapes(runs: Path, workload: PairWorkload, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of any text lengths: torch gives up on a function that is compiled for too many shapes."""
     monkeypatch.setattr(frozen, "COMPILED", {"fullgraph": True, "dynamic": False, "backend": "aot_eager"})
-    compiled = build(runs, {"compile": True})
+    options = {"compile": True, "data": {**OPTIONS["data"], "max_target_tokens": 200}}
+    compiled = build(runs, options)
+    counters.clear()
+    shapes = set()
     for first in range(12):
         samples = list(workload.train_data[first::97][: 4 + first % 2 * 4])
         expected = gradients(workload, workload.collate(samples))
-        for name, gradient in gradients(compiled, compiled.collate(samples)).items():
+        batch = compiled.collate(samples)
+        shapes |= {(name, target.tokens.shape) for name, target in batch.targets.items()}
+        for name, gradient in gradients(compiled, batch).items():
             torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
+    assert counters["stats"]["unique_graphs"] == len(shapes) == 4
 
 
 def test_bf16_trains_float32_weights(runs: Path) -> None:

@@ -21,6 +21,7 @@ from latentwire.workloads.pair.folders import has_weights
 from latentwire.workloads.pair.tokenizer import Script
 
 Layer: TypeAlias = Callable[..., Tensor]
+_MOST_SHAPES = 64
 COMPILED: dict[str, Any] = {"fullgraph": True, "dynamic": False, "options": {"deterministic": True}}
 """One graph per shape, and no kernel chosen by timing: the bits of a shape never depend on what was run before."""
 
@@ -117,7 +118,10 @@ def trained_through(model: PreTrainedModel, compiled: bool, checkpointed: bool) 
     Checkpointed here because transformers does so in training mode only, and frozen models stay in evaluation mode.
     """
     layers: list[Layer] = list(model.get_decoder().layers)
-    if compiled:  # of one function, so that layers of equal shapes share what is made of it
+    if compiled:
+        # transformers wraps the layers of all models in one function; it meets each model, device and target length
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_SHAPES)
+        # of one function, so that layers of equal shapes share what is made of it
         layers = [torch.compile(layer.forward, **COMPILED) for layer in model.get_decoder().layers]
     if checkpointed:
         layers = [
