@@ -24,6 +24,7 @@ from latentwire.elastic import schedule
 from latentwire.train.precision import make_repeatable
 from latentwire.train.ranks import Ranks
 from latentwire.train.reduction import Reduction
+from latentwire.train.watch import Standing
 from latentwire.workloads.pair import PairWorkload
 from latentwire.workloads.pair.batch import PairBatch
 
@@ -63,7 +64,7 @@ def rank(options: argparse.Namespace) -> None:
     if on_gpu:
         torch.cuda.set_device(device)
     make_repeatable(1, deterministic=True)
-    ranks = Ranks.connect(device, timeout_s=120)
+    ranks = Ranks.connect(device, 120, Standing())
     with tempfile.TemporaryDirectory() as folder:
         workload = build(Path(folder), options.shape, device, compile=on_gpu)
     batch = on_devices(workload, batch_of(workload, options.micro_batch, options.target_tokens))

@@ -46,6 +46,28 @@ def slurm_drill_passes(code: int, output: str) -> Judgement:
     return drill_passes(code, output) if passed else (False, summary)
 
 
+def pair_step_is_faster(code: int, output: str) -> Judgement:
+    """Ours, compiled, against the plain loop of the same run."""
+    rows = re.findall(r"^\| ([^*|]+?) \| ([\d.]+) \| \d+ \| \d+ \| ([\d.]+) \|", output, re.MULTILINE)
+    found = {name: (float(speed), float(peak)) for name, speed, peak in rows}
+    plain, ours = found.get("plain transformers"), found.get("ours: and compiled layers")
+    if code or plain is None or ours is None:
+        return False, "it did not run to its end on a GPU"
+    ratio = ours[0] / plain[0]
+    figure = (
+        f"{ours[0]:.1f} against {plain[0]:.1f} samples/s, {ratio:.2f} x; peak {ours[1]:.0f} against {plain[1]:.0f} GiB"
+    )
+    return ratio >= 1.3 and ours[1] < plain[1], figure
+
+
+def reduction_is_cheap(code: int, output: str) -> Judgement:
+    """The exact exchange against torch's DDP of the same run."""
+    found = dict(re.findall(r"^\| ([^|]+?) \| [\d.]+ \| ([+-][\d.]+)% \|", output, re.MULTILINE))
+    if code or "ours, exact" not in found:
+        return False, "it did not run to its end"
+    return float(found["ours, exact"]) < 3, f"{found['ours, exact']} % of a step against DDP"
+
+
 def kills_pass(code: int, output: str) -> Judgement:
     """The kill tests passed; the figure is the number of kills that they printed."""
     passed, summary = tests_pass(code, output)
@@ -237,7 +259,24 @@ ITEMS = (
     Item(
         "ranks",
         "One and several ranks give the same bits, also when the number changes at a restart",
-        _pytest("tests/train/test_ranks.py"),
+        _pytest("tests/train/test_ranks.py", "tests/train/test_reduction.py", "tests/unit/test_schedule.py"),
+        tests_pass,
+    ),
+    Item(
+        "plan",
+        "The planner's footprints are exact for weights and kept activations, and every plan fits and covers the batch",
+        _pytest(
+            "tests/unit/test_planner.py",
+            "tests/unit/test_footprint.py",
+            "tests/train/test_pair_footprint.py",
+            "tests/unit/test_cli_plan.py",
+        ),
+        tests_pass,
+    ),
+    Item(
+        "hang",
+        "A rank that does not come is named and given up; out of memory on one rank is no deadlock",
+        _pytest("tests/train/test_hang.py"),
         tests_pass,
     ),
     Item(
@@ -290,6 +329,34 @@ ITEMS = (
         "The pair at its full 8B + 7B shapes (random weights), preempted and killed, keeps its bits",
         _pytest("tests/gpu/test_full_pair.py"),
         pair_passes,
+        needs_gpu=True,
+    ),
+    Item(
+        "elastic-gpu",
+        "The full pair on other GPUs at every start, split, data-parallel or on one, keeps its bits",
+        _pytest("tests/gpu/test_elastic.py"),
+        tests_pass,
+        needs_gpu=True,
+    ),
+    Item(
+        "memory-gpu",
+        "The peak memory of the full pair is as the planner expects, to a tenth, for three micro-batches",
+        _pytest("tests/gpu/test_memory.py"),
+        tests_pass,
+        needs_gpu=True,
+    ),
+    Item(
+        "pair-step",
+        "A step of the full pair is 1.3 times as fast as a plain transformers loop's, in less memory",
+        (sys.executable, "benchmarks/pair_step.py", "--shape", "full"),
+        pair_step_is_faster,
+        needs_gpu=True,
+    ),
+    Item(
+        "reduction-cost",
+        "One order of additions on 2 GPUs costs less than 3 % of a step over torch's DDP",
+        (sys.executable, "benchmarks/reduction.py", "--ranks", "2", "--shape", "full"),
+        reduction_is_cheap,
         needs_gpu=True,
     ),
     Item(

@@ -33,6 +33,7 @@ class Ranks:
     """This process among the ranks. With one rank every call returns at once.
 
     Attributes:
+        device: where this one computes.
         gradients: the process group of ``all_to_all``, ``all_gather`` and ``all_reduce``, which only begin.
         standing: what the watchdog looks at.
     """
@@ -42,6 +43,7 @@ class Ranks:
     local_rank: int = 0
     gradients: Any = None
     standing: Standing = dataclasses.field(default_factory=Standing)
+    device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
 
     @classmethod
     def connect(cls, device: torch.device, timeout_s: float, standing: Standing) -> Ranks:
@@ -57,7 +59,7 @@ class Ranks:
         """
         rank, size, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
         if size == 1:
-            return cls(rank, size, local, standing=standing)
+            return cls(rank, size, local, None, standing, device)
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         timeout = datetime.timedelta(seconds=timeout_s + _AFTER_THE_AGENT_S)
         where = f"did not meet at {address}:{port}; where nodes have several networks, GLOO_SOCKET_IFNAME and "
@@ -65,7 +67,7 @@ class Ranks:
             store = dist.TCPStore(address, port, size, rank == 0, timeout=MEET_WITHIN)  # type: ignore[attr-defined]
             dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
             gradients = dist.new_group(backend="nccl" if device.type == "cuda" else "gloo", timeout=timeout)
-        return cls(rank, size, local, gradients, standing)
+        return cls(rank, size, local, gradients, standing, device)
 
     def disconnect(self) -> None:
         """Leave the group. Not collective."""

@@ -88,7 +88,8 @@ class Session:
         self._agent_journal.event("attempt_started", total_steps=None)
         handler = PreemptionHandler(config.preemption.save_signal)
         handler.install()
-        self._start(run, attempt, config, handler, Ranks(), Journal(attempt.path / "events.rank0.jsonl"))
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._start(run, attempt, config, handler, Ranks(device=device), Journal(attempt.path / "events.rank0.jsonl"))
 
     @classmethod
     def attach(
@@ -360,6 +361,11 @@ class Session:
         finally:
             self.ranks.standing.place = None
             self._clocks[name] = self._clocks.get(name, 0.0) + time.monotonic() - started
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes, and where what it trains belongs."""
+        return self.ranks.device
 
     @property
     def saving(self) -> Saving:

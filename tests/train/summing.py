@@ -13,6 +13,7 @@ from latentwire.errors import WorkloadError
 from latentwire.train.precision import make_repeatable
 from latentwire.train.ranks import Ranks
 from latentwire.train.reduction import Reduction
+from latentwire.train.watch import Standing
 
 WIDTH, SMALL_BUCKETS, STEPS = 24, 2048, 2
 
@@ -77,7 +78,7 @@ def is_refused(ranks: Ranks) -> bool:
 
 def main() -> None:
     make_repeatable(1, deterministic=True)
-    ranks = Ranks.connect(torch.device("cpu"), timeout_s=120)
+    ranks = Ranks.connect(torch.device("cpu"), 120, Standing())
     digests = {}
     for num in map(int, sys.argv[1:]):
         mine = schedule.micro_batches_of(ranks.rank, ranks.world_size, num)

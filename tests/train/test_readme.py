@@ -172,3 +172,19 @@ def test_the_commands_run(tmp_path: Path) -> None:
         assert done.returncode == 0, f"$ {command}\n{done.stdout}{done.stderr}"
         assert done.stdout, command
         assert not done.stderr, command
+
+
+def test_the_loop_for_several_gpus_has_the_bits_of_one_rank(tmp_path: Path) -> None:
+    (source,) = blocks("gpus-loop", "python")
+    (tmp_path / "gpus_loop.py").write_text(source, encoding="utf-8")
+    digests = []
+    for num_ranks in (1, 3):
+        run = make_run(
+            tmp_path / str(num_ranks),
+            workload={"target": f"{tmp_path / 'gpus_loop.py'}:train"},
+            elastic={"num_ranks": num_ranks},
+        )
+        assert run_agent(run) == "finished"
+        digests.append(final_digests(run))
+    assert digests[0]["model"] == digests[1]["model"]
+    assert digests[0]["optimizer"] == digests[1]["optimizer"]
