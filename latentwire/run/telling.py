@@ -36,7 +36,7 @@ _WORDS: dict[str, Callable[[Event], str | None]] = {
     "given_up": lambda e: f"given up: {e.get('reason')}",
     "resumed": lambda e: f"resumed by hand after attempt {e.get('after_attempt')}",
     "attempt_started": lambda e: f"attempt started (job {e.get('job_id', '-')})",
-    "placed": lambda e: f"placed on {', '.join(e.get('devices', []))}: {e.get('why')}",
+    "placed": lambda e: f"placed on {' | '.join(', '.join(rank) for rank in e.get('devices', []))}: {e.get('why')}",
     "node_started": lambda e: f"node {e.get('node')} ({e.get('host')}) takes part",
     "environment_changed": lambda e: f"WARNING environment changed, {e.get('note')}: {'; '.join(e.get('changes', []))}",
     "hang": lambda e: f"WARNING {tell_hang(e)}",

@@ -159,7 +159,10 @@ class Toy:
         factor = self._trouble()
         inputs, targets = batch
         self._count(inputs)
-        loss = torch.nn.functional.mse_loss(self.model(inputs), targets + self._shift)
+        dtype = self.context.compute_dtype
+        with torch.autocast(self.context.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            outputs = self.model(inputs)
+        loss = torch.nn.functional.mse_loss(outputs.float(), targets + self._shift)
         backward(loss * factor)
         if self._fails_late:
             raise MemoryError("no memory left at the end of the backward pass")
