@@ -61,6 +61,11 @@ class Job:
         return None if self.footprint is None or self.footprint.names_flops else "the footprint names no operations"
 
     @property
+    def most_to_probe(self) -> int:
+        """The largest micro-batch that ranks may try: one that should fit the smallest job too, where that is known."""
+        return self.largest_micro_batch if self.footprint is None else _micro_batches(self)[0]
+
+    @property
     def largest_micro_batch(self) -> int:
         """That leaves no rank of the largest job idle; 1 where the global batch is too small for that."""
         return max(1, self.config.train.global_batch // self.most_ranks)
@@ -186,15 +191,17 @@ def _plain(job: Job) -> Candidate:
         raise ConfigError(
             f"elastic.gpus_per_replica is {job.config.elastic.gpus_per_replica} and {why}: remove it, or set it to 1"
         )
-    nodes = spread(job.num_ranks, job.num_nodes)
-    local = [rank - nodes.index(node) for rank, node in enumerate(nodes)]
-    if job.gpus and max(local) >= len(job.gpus):
-        raise ConfigError(_no_room(job))
     if job.is_free:
         guess = next(guess for guess in _GUESSES if train.global_batch % guess == 0)
         micro_batch = max(1, guess >> job.halvings)
     else:
         micro_batch = _fixed(job)
+    is_forced = job.config.elastic.num_ranks is not None
+    num_ranks = job.num_ranks if is_forced else min(job.num_ranks, train.global_batch // micro_batch)
+    nodes = spread(num_ranks, job.num_nodes)
+    local = [rank - nodes.index(node) for rank, node in enumerate(nodes)]
+    if job.gpus and max(local) >= len(job.gpus):
+        raise ConfigError(_no_room(job))
     return Candidate(
         gpus=tuple((gpu,) if job.gpus else () for gpu in local),
         nodes=nodes,

@@ -119,7 +119,7 @@ class Weighed:
             modules=chosen.modules,
             micro_batch=chosen.micro_batch,
             num_micro_batches=chosen.num_micro_batches,
-            probe_up_to=self.job.largest_micro_batch if self.job.gpus and self.job.is_free else None,
+            probe_up_to=self.job.most_to_probe if self.job.gpus and self.job.is_free else None,
             gradient_checkpointing=chosen.gradient_checkpointing,
             samples_per_s=chosen.samples_per_s,
             peak_bytes=chosen.peak_bytes,

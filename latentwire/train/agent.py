@@ -158,19 +158,28 @@ class _Supervision:
     def _plan(self, inventory: Inventory) -> Placement:
         found = read_json(self.run.path / "micro_batch.json")  # what the ranks of an earlier attempt made of ``auto``
         recorded = found if isinstance(found, dict) else {}
-        return plan(
+        place = functools.partial(
+            plan,
             self.config,
             inventory,
-            self._footprint(),
             halvings=num_halvings(self.run, since=recorded.get("attempt", 0)),
             num_nodes=self.allocation.num_nodes,
             num_gpus=self.allocation.num_gpus,
             micro_batch=recorded.get("micro_batch"),
         )
-
-    def _footprint(self) -> Footprint | None:
-        """What the workload says it takes, corrected by what an earlier attempt was seen to take."""
         footprint = footprint_of(self.config)
+        corrected = self._corrected(footprint)
+        try:
+            return place(corrected)
+        except ConfigError as error:
+            if corrected is footprint:
+                raise
+            # what has trained before may train again, however full it was
+            self.journal.event("memory_correction_ignored", reason=str(error))
+            return place(footprint)
+
+    def _corrected(self, footprint: Footprint | None) -> Footprint | None:
+        """What the workload says it takes, scaled to what an earlier attempt was seen to take."""
         if footprint is None:
             return None
         for attempt in reversed(self.run.attempts()):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -16,7 +16,7 @@ from latentwire.errors import TrainingDiverged
 from latentwire.run.atomic import write_json
 from latentwire.train import randomness
 from latentwire.train.feed import num_samples
-from latentwire.train.memory import Fullness, find_micro_batch, peak_bytes
+from latentwire.train.memory import Fullness, find_micro_batch, peak_bytes, reset
 from latentwire.train.order import derive_seed
 from latentwire.train.precision import compute_dtype
 from latentwire.train.rehearsal import heaviest, unchanged
@@ -69,6 +69,8 @@ class Training:
         self.parameters = [p for p in workload.trainable.parameters() if p.requires_grad]
         most = placement.probe_up_to
         self.micro_batch = placement.micro_batch if most is None else self._find_micro_batch(most)
+        if config.micro_batch == "auto" and most is None and not (session.run.path / "micro_batch.json").exists():
+            self._keep(self.micro_batch, {})  # of a CPU, which is not probed
         self._prepare(dtype)
 
     def _prepare(self, dtype: torch.dtype) -> None:
@@ -185,8 +187,9 @@ class Training:
     def _find_micro_batch(self, most: int) -> int:
         """Try micro-batches out and record what is found: the run keeps it for its life. Every rank."""
         session, workload = self.session, self.workload
-        num_parameters = sum(p.numel() for p in self.parameters)
-        fullness = Fullness(self.devices, session.config.elastic, num_parameters)
+        numbers = 2 + 2 + (self.config.ema_decay is not None)  # the optimizer's moments, sums under way, the average
+        unseen_bytes = 4 * numbers * sum(p.numel() for p in self.parameters)
+        fullness = Fullness(self.devices, session.config.elastic, unseen_bytes)
         sample = heaviest(workload.train_data, session.config.seed, workload.collate)
 
         def try_out(size: int) -> float:
@@ -197,12 +200,19 @@ class Training:
         workload.trainable.train()
         with randomness.isolated(derive_seed(session.config.seed, "probe")), unchanged(workload.trainable):
             found = find_micro_batch(self.config.global_batch, most, try_out, session.ranks)
-        record = {"micro_batch": found.micro_batch, "fullness": {str(size): f for size, f in found.fullness.items()}}
+        for device in self.devices:
+            reset(device)  # else the peak of a pass that did not fit would be told as training's
+        self._keep(found.micro_batch, {str(size): fullness for size, fullness in found.fullness.items()})
+        return found.micro_batch
+
+    def _keep(self, micro_batch: int, fullness: Mapping[str, float]) -> None:
+        """Record what ``auto`` came to, for all later attempts. Rank 0 writes."""
+        session = self.session
+        record = {"micro_batch": micro_batch, "fullness": fullness, "attempt": session.attempt.number}
         session.event("micro_batch_found", **record)
         if session.ranks.rank == 0:
             session.attempt.assert_newest()
-            write_json(session.run.path / "micro_batch.json", record | {"attempt": session.attempt.number})
-        return found.micro_batch
+            write_json(session.run.path / "micro_batch.json", record)
 
     def _tell_memory(self) -> None:
         """Write down what the GPUs had to hold, from which later attempts are planned. Rank 0."""
@@ -214,8 +224,11 @@ class Training:
                 "modules": self.placement.modules,
                 "peak_bytes": [peak_bytes(device) for device in self.devices],
             }
-            write_json(self.session.attempt.path / "memory.json", measured)
             self.session.event("memory", peak_bytes=measured["peak_bytes"], expected_bytes=expected)
+            try:
+                write_json(self.session.attempt.path / "memory.json", measured)
+            except OSError as error:  # a full disk must not end a good attempt
+                self.session.event("memory_not_written", error=str(error))
 
     # --- data, warm-up, evaluation ------------------------------------------------------------------------------------
 

@@ -15,6 +15,13 @@ _OUT_OF_MEMORY = 2.0
 """How full a device is said to be that was too small."""
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, torch's or what CUDA's libraries take by themselves, which is a bare RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
+    )
+
+
 def peak_bytes(device: torch.device) -> int:
     """The most that a GPU has had to hold since ``reset``, all that the driver counts. Waits for nothing."""
     free, total = torch.cuda.mem_get_info(device)
@@ -33,23 +40,25 @@ class Fullness:
     Args:
         devices: the rank's GPUs; what is trained is on the first.
         settings: the run's.
-        num_parameters: trained ones. A pass shows neither their gradient's sums nor the optimizer's states.
+        unseen_bytes: that a step takes on the first and a pass does not show.
     """
 
-    def __init__(self, devices: Sequence[torch.device], settings: ElasticSection, num_parameters: int) -> None:
+    def __init__(self, devices: Sequence[torch.device], settings: ElasticSection, unseen_bytes: int) -> None:
         self._devices = devices
         self._target = settings.memory_target
         self._smallest = None if settings.smallest_gpu_gb is None else int(settings.smallest_gpu_gb * 1e9)
-        self._unseen_bytes = num_parameters * 4 * 4  # two moments, two sums
+        self._unseen_bytes = unseen_bytes
 
     def after(self, make_pass: Callable[[], object]) -> float:
-        """Make the pass; over 1: too full. Waits for the devices."""
+        """Make the pass; over 1: too full. Memory is handed out at launch, so nothing waits for the devices."""
         for device in self._devices:
             reset(device)
         try:
             make_pass()
             return max(self._of(device, self._unseen_bytes * (not i)) for i, device in enumerate(self._devices))
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             return _OUT_OF_MEMORY
 
     def _of(self, device: torch.device, unseen_bytes: int) -> float:

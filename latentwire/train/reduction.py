@@ -9,6 +9,7 @@ backward pass makes them first: what a rank's last micro-batch has finished is s
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -29,12 +30,16 @@ class Reduction:
     For each micro-batch of the rank: ``begin``, one or more times ``backward``, ``end``; after the last: ``finish``.
 
     Args:
-        parameters: the trainable ones, on one device, in the same order on every rank.
+        parameters: on one device, in the same order on every rank. Those that take no gradient are left alone; those
+            that are never reached get zeros.
         ranks: who computes.
         num_micro_batches: M.
         exact: one order of additions for any number of ranks; else each rank adds up all of its own, and an
             all-reduce adds the ranks in an order of its own.
         bucket_bytes: gradients that travel together.
+
+    Raises:
+        WorkloadError: there are no parameters, or they are on several devices.
     """
 
     def __init__(
@@ -54,12 +59,17 @@ class Reduction:
         is_longest = len(mine) == schedule.num_slots(ranks.world_size, num_micro_batches)
         self._overlaps = is_longest and ranks.world_size > 1
         exchange = ExactExchange(ranks, num_micro_batches) if exact else PlainExchange(ranks, mine)
-        members = list(parameters)
+        members = list(dict.fromkeys(p for p in parameters if p.requires_grad))  # tied ones come twice
+        devices = sorted({str(p.device) for p in members})
+        if len(devices) != 1:
+            raise WorkloadError(
+                f"{len(members)} parameters to be trained, on devices {devices}: there must be some, all on session.device"
+            )
         self._device = members[0].device
         self._buckets = [_Bucket(some, exchange) for some in _divide(members, bucket_bytes)]
         self._launched = 0
-        self._fired: list[set[torch.nn.Parameter]] = []
-        self._usual: list[set[torch.nn.Parameter]] = []
+        self._fired: list[Counter[torch.nn.Parameter]] = []  # of each backward pass: how often autograd added to each
+        self._usual: list[Counter[torch.nn.Parameter]] = []
         self._now: int | None = None
         if self._overlaps:
             for bucket in self._buckets:
@@ -77,7 +87,7 @@ class Reduction:
         Raises:
             WorkloadError: this step's gradients are on their way already.
         """
-        self._fired.append(set())
+        self._fired.append(Counter())
         self._refuse_if_launched()
         loss.backward()
 
@@ -104,14 +114,14 @@ class Reduction:
         """Autograd has finished one parameter's gradient in this backward pass."""
         if not self._fired:
             return  # a backward pass that is none of ours
-        self._fired[-1].add(parameter)
+        self._fired[-1][parameter] += 1
         if self._now is None or self._now != self._last or len(self._fired) != len(self._usual):
             return
         expected, fired = self._usual[-1], self._fired[-1]
-        if parameter not in expected:
+        if fired[parameter] > expected[parameter]:
             self._refuse_if_launched()
         ready = self._launched
-        while ready < len(self._buckets) and self._buckets[ready].parameters & expected <= fired:
+        while ready < len(self._buckets) and self._buckets[ready].is_complete(fired, expected):
             ready += 1
         self._launch(ready)
 
@@ -148,9 +158,13 @@ class _Bucket:
         self._under_way: UnderWay | None = None
 
     @property
-    def parameters(self) -> set[torch.nn.Parameter]:
+    def parameters(self) -> list[torch.nn.Parameter]:
         """Those in it."""
-        return set(self._starts)
+        return list(self._starts)
+
+    def is_complete(self, fired: Counter[torch.nn.Parameter], expected: Counter[torch.nn.Parameter]) -> bool:
+        """Whether autograd has added to each of them as often as it will."""
+        return all(fired[parameter] >= expected[parameter] for parameter in self._starts)
 
     def take(self, span: range) -> None:
         """Take the gradients away as the sum of these micro-batches."""

@@ -115,6 +115,7 @@ class Session:
         """SHA-256 of frozen models by name; set it before ``restore``."""
         self.counters: dict[str, float] = {"samples": 0, "tokens": 0, "skipped_steps": 0}
         """Totals over the whole run; saved and restored."""
+        self._counters_at_boundary = dict(self.counters)
         self.step_pace = Pace()
         self._handler = handler
         self._state = TrainingState()
@@ -387,6 +388,7 @@ class Session:
 
     def _begin_step(self) -> None:
         self.saving.remember_boundary()
+        self._counters_at_boundary = dict(self.counters)
         self._in_step = True
         self._step_started = time.monotonic()
         self._outlook.step_begins()
@@ -442,7 +444,7 @@ class Session:
 
     def _save(self, reason: str) -> None:
         progress = {
-            "counters": self.counters,
+            "counters": self._counters_at_boundary if self._in_step else self.counters,
             "evaluated_step": self._evaluated_step,
             "evaluation": self._evaluation,
             "best": self._best,

@@ -38,6 +38,7 @@ class Share:
         self._session = session
         self._reduction = Reduction(parameters, ranks, self.num_micro_batches, session.config.elastic.exact)
         self._batches: Iterator[Any] | None = None
+        self._next_step = 0
         self._is_reduced = True
 
     def __iter__(self) -> Iterator[Any]:
@@ -49,9 +50,11 @@ class Share:
         session = self._session
         if not self._is_reduced:
             raise RunError("the gradients of the last step were not summed up: call reduce() before optimizer.step()")
-        self._is_reduced = False
         if self._batches is None:
-            self._batches = self.feed.batches(session.step)
+            self._batches, self._next_step = self.feed.batches(session.step), session.step
+        if session.step != self._next_step:
+            raise RunError(f"step {session.step}: go over a share once in each step; its next is {self._next_step}")
+        self._is_reduced, self._next_step = False, session.step + 1
         for slot in range(self.num_slots):
             session.safe_point()  # every rank passes as many, also one with fewer micro-batches
             if slot >= len(self.feed.mine):
@@ -76,7 +79,13 @@ class Share:
         self._reduction.backward(loss / self.num_micro_batches)
 
     def reduce(self) -> None:
-        """Leave the gradient of the mean loss of the global batch in ``.grad``, the same on every rank. Collective."""
+        """Leave the gradient of the mean loss of the global batch in ``.grad``, the same on every rank. Collective.
+
+        Raises:
+            RunError: there is none yet in this step.
+        """
+        if self._is_reduced:
+            raise RunError("reduce() comes once in a step, after going over the share")
         with self._session.clock("reduction"):
             self._reduction.finish()
         self._is_reduced = True

@@ -108,7 +108,9 @@ def cause_of(error: Exception) -> str:
     """``oom``, ``network``, ``user`` (would fail again) or ``other``."""
     import torch
 
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    from latentwire.train.memory import is_out_of_memory
+
+    if is_out_of_memory(error):
         return "oom"
     if isinstance(error, ConnectionError | TimeoutError | torch.distributed.DistNetworkError):
         return "network"

@@ -19,12 +19,13 @@ WIDTH, SMALL_BUCKETS, STEPS = 24, 2048, 2
 
 
 class Network(torch.nn.Module):
-    """Layers in several buckets, and a parameter that nothing reaches."""
+    """Layers in several buckets, a parameter that nothing reaches, and one that takes no gradient."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.unreached = torch.nn.Parameter(torch.ones(5))
+        self.frozen = torch.nn.Parameter(torch.ones(5), requires_grad=False)
         self.layers = torch.nn.Sequential(*(torch.nn.Linear(WIDTH, WIDTH) for _ in range(4))).to(dtype)
 
     def losses(self, micro_batch: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,7 +33,7 @@ class Network(torch.nn.Module):
         generator = torch.Generator().manual_seed(micro_batch)
         inputs = torch.randn(3, WIDTH, generator=generator).to(self.layers[0].weight.dtype)
         outputs = self.layers(inputs)
-        return outputs.square().mean(), outputs.mean()
+        return outputs.square().mean(), self.layers(inputs).mean()
 
 
 def gradient_of(reduction: Reduction, network: Network, mine: range, calls: int) -> None:
@@ -43,6 +44,9 @@ def gradient_of(reduction: Reduction, network: Network, mine: range, calls: int)
         one, two = network.losses(index)
         if calls == 1:
             reduction.backward(one + two)
+        elif calls == 0:  # the second pass adds to what the first has finished, and does so by itself
+            reduction.backward(one)
+            two.backward()
         else:
             reduction.backward(one * 0.5 + two)
             reduction.backward(network.losses(index)[0])
@@ -52,7 +56,10 @@ def gradient_of(reduction: Reduction, network: Network, mine: range, calls: int)
 
 def digest_of(network: Network) -> str:
     digest = hashlib.sha256()
+    assert network.frozen.grad is None
     for parameter in network.parameters():
+        if not parameter.requires_grad:
+            continue
         assert parameter.grad is not None
         assert parameter.grad.dtype == parameter.dtype
         digest.update(parameter.grad.float().numpy().tobytes())
@@ -86,6 +93,7 @@ def main() -> None:
             ("float32", torch.float32, 1, True),
             ("bfloat16", torch.bfloat16, 1, True),
             ("two calls", torch.float32, 2, True),
+            ("a pass of its own", torch.float32, 0, True),
             ("plain", torch.float32, 1, False),
         ):
             network = Network(dtype)
