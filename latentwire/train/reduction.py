@@ -63,7 +63,7 @@ class Reduction:
         devices = sorted({str(p.device) for p in members})
         if len(devices) != 1:
             raise WorkloadError(
-                f"{len(members)} parameters to be trained, on devices {devices}: there must be some, all on session.device"
+                f"{len(members)} parameters to train, on devices {devices}: there must be some, all on session.device"
             )
         self._device = members[0].device
         self._buckets = [_Bucket(some, exchange) for some in _divide(members, bucket_bytes)]
