@@ -231,34 +231,22 @@ def num_places(modules: Modules) -> int:
     return 1 + max((place for places in modules.values() for place in places), default=0)
 
 
-def fitted(
-    footprint: Footprint, probes: Sequence[Probe], modules: Modules, checkpointing: bool, place: int = 0
-) -> Footprint:
-    """Correct the activations by what was measured: one probe scales them, two lay a line through both.
+def fitted(footprint: Footprint, probe: Probe, modules: Modules, checkpointing: bool) -> Footprint:
+    """Scale the activations to what was measured on the first place, which has the trained part.
 
     Args:
         footprint: as the workload says, or corrected before.
-        probes: one or two, of different micro-batches.
+        probe: what was measured.
         modules: how the replica was laid out.
         checkpointing: whether activations were recomputed.
-        place: of the device that was measured.
     """
-    assert 1 <= len(probes) <= 2
     plain = dataclasses.replace(footprint, activation_scale=1.0, more_bytes=0)
     parts = _parts(plain, modules)
-    standing = _standing(plain, parts, place)
-    fleeting = [_fleeting(plain, parts, place, probe.micro_batch, checkpointing) for probe in probes]
-    measured = [probe.peak_bytes - standing for probe in probes]
-    if len(probes) == 2:
-        scale = (measured[1] - measured[0]) / (fleeting[1] - fleeting[0])
-        if scale > 0:
-            more = measured[0] - scale * fleeting[0]
-            return dataclasses.replace(plain, activation_scale=scale, more_bytes=round(more))
-    # Noise, or less than the weights alone should take: of one probe, the larger, a proportion is all that is known.
-    peak, activations = max(zip(measured, fleeting, strict=True))
-    if peak <= 0:
-        return dataclasses.replace(plain, more_bytes=peak - activations)
-    return dataclasses.replace(plain, activation_scale=peak / activations)
+    activations = _fleeting(plain, parts, 0, probe.micro_batch, checkpointing)
+    measured = probe.peak_bytes - _standing(plain, parts, 0)
+    if measured <= 0:  # less than the weights alone should take
+        return dataclasses.replace(plain, more_bytes=measured - activations)
+    return dataclasses.replace(plain, activation_scale=measured / activations)
 
 
 def _parts(footprint: Footprint, modules: Modules) -> list[_Part]:

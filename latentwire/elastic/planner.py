@@ -55,11 +55,6 @@ class Placement:
         """Ranks in all."""
         return len(self.devices)
 
-    @property
-    def is_probed(self) -> bool:
-        """Whether the micro-batch is still to be found."""
-        return self.probe_up_to is not None
-
     def ranks_on(self, node: int) -> list[int]:
         """The ranks of a node; a rank's place here is its local rank."""
         return [rank for rank, at in enumerate(self.nodes) if at == node]
@@ -105,7 +100,7 @@ class Weighed:
         return words.why(self.job, self.chosen, [each for each in self.candidates if each is not self.chosen])
 
     def placement(self) -> Placement:
-        """The chosen one.
+        """The chosen one, for an attempt.
 
         Raises:
             ConfigError: none fits.
@@ -136,7 +131,7 @@ def weigh(
     num_gpus: int | None = None,
     micro_batch: int | None = None,
 ) -> Weighed:
-    """All that can be done with the GPUs, and what is best. All nodes are taken to be like this one.
+    """All that can be done with the GPUs, and what is best; nodes are taken to be alike. Called by the agent.
 
     Args:
         config: the run's.
@@ -165,23 +160,6 @@ def weigh(
     best = max((candidate.pace for candidate in fitting), default=0.0)
     chosen = next((candidate for candidate in fitting if candidate.pace >= best * (1 - _EQUALLY_FAST)), None)
     return Weighed(job, found, chosen)
-
-
-def plan(
-    config: Config,
-    inventory: Inventory,
-    footprint: Footprint | None,
-    halvings: int = 0,
-    num_nodes: int = 1,
-    num_gpus: int | None = None,
-    micro_batch: int | None = None,
-) -> Placement:
-    """The placement of an attempt. Called by the agent; arguments as ``weigh``.
-
-    Raises:
-        ConfigError: as ``weigh``; or nothing fits.
-    """
-    return weigh(config, inventory, footprint, halvings, num_nodes, num_gpus, micro_batch).placement()
 
 
 def _refuse_slices(config: Config, num_nodes: int) -> None:

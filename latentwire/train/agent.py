@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from latentwire import __version__
 from latentwire.elastic.footprint import Footprint, Probe, fitted, footprint_of
 from latentwire.elastic.inventory import Inventory
-from latentwire.elastic.planner import Placement, plan
+from latentwire.elastic.planner import Placement, weigh
 from latentwire.errors import ConfigError, Fenced, RunBusy
 from latentwire.monitor.rollup import summarise
 from latentwire.preemption.forecast import Grace, as_event, forecast, measured_before
@@ -158,8 +158,8 @@ class _Supervision:
     def _plan(self, inventory: Inventory) -> Placement:
         found = read_json(self.run.path / "micro_batch.json")  # what the ranks of an earlier attempt made of ``auto``
         recorded = found if isinstance(found, dict) else {}
-        place = functools.partial(
-            plan,
+        weigh_with = functools.partial(
+            weigh,
             self.config,
             inventory,
             halvings=num_halvings(self.run, since=recorded.get("attempt", 0)),
@@ -170,13 +170,13 @@ class _Supervision:
         footprint = footprint_of(self.config)
         corrected = self._corrected(footprint)
         try:
-            return place(corrected)
+            return weigh_with(corrected).placement()
         except ConfigError as error:
             if corrected is footprint:
                 raise
             # what has trained before may train again, however full it was
             self.journal.event("memory_correction_ignored", reason=str(error))
-            return place(footprint)
+            return weigh_with(footprint).placement()
 
     def _corrected(self, footprint: Footprint | None) -> Footprint | None:
         """What the workload says it takes, scaled to what an earlier attempt was seen to take."""
@@ -186,7 +186,7 @@ class _Supervision:
             seen = read_json(attempt.path / "memory.json")
             if isinstance(seen, dict):
                 probe = Probe(seen["micro_batch"], seen["peak_bytes"][0])
-                return fitted(footprint, [probe], seen["modules"], seen["gradient_checkpointing"])
+                return fitted(footprint, probe, seen["modules"], seen["gradient_checkpointing"])
         return footprint
 
     def _record_environment(self, inventory: Inventory) -> None:

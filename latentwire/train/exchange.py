@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,32 +23,41 @@ class UnderWay:
     tensor: Tensor
 
 
-class Exchange(Protocol):
+class Exchange(abc.ABC):
     """Called by every rank with rows of the same length, in the same order."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
 
     def padded(self, numel: int) -> int:
         """The length of a row that holds so many numbers."""
+        return numel
 
-    def fold(self, sums: Sums) -> None:
+    def fold(self, sums: Sums) -> None:  # noqa: B027
         """Add up what has its place in the order already."""
 
+    @abc.abstractmethod
     def launch(self, sums: Sums, numel: int, device: torch.device) -> UnderWay:
         """Send this rank's sums off. Does not block."""
 
     def add_up(self, sent: UnderWay) -> UnderWay:
         """From all ranks' sums to the total, which is sent off in turn."""
+        return sent
 
-    def wait(self, total: UnderWay) -> Tensor:
-        """The total; a GPU's stream waits for it, not the host."""
+    def wait(self, under_way: UnderWay) -> Tensor:
+        """The result; a GPU's stream waits for it, not the host."""
+        if under_way.work is not None:
+            self._ranks.wait(under_way.work)
+        return under_way.tensor
 
 
-class ExactExchange:
+class ExactExchange(Exchange):
     """The canonical sum. With one rank nothing travels, and the order of the additions is the same."""
 
     def __init__(self, ranks: Ranks, num_micro_batches: int) -> None:
+        super().__init__(ranks)
         whole = schedule.canonical_sum(num_micro_batches)
         size = ranks.world_size
-        self._ranks = ranks
         self._blocks = [whole.blocks_of(rank, size, num_micro_batches) for rank in range(size)]
         self._additions = list(whole.additions())
         self._whole = whole.span
@@ -88,38 +97,15 @@ class ExactExchange:
         total = torch.empty(self._ranks.world_size * received.shape[1], device=received.device)
         return UnderWay(self._ranks.all_gather(total, sums[self._whole]), total)
 
-    def wait(self, total: UnderWay) -> Tensor:
-        """As the protocol says."""
-        if total.work is not None:
-            self._ranks.wait(total.work)
-        return total.tensor
 
-
-class PlainExchange:
+class PlainExchange(Exchange):
     """One all-reduce: less to remember, and the order of the additions is the network library's."""
 
     def __init__(self, ranks: Ranks, mine: range) -> None:
-        self._ranks = ranks
+        super().__init__(ranks)
         self._mine = mine
-
-    def padded(self, numel: int) -> int:
-        """As it is."""
-        return numel
-
-    def fold(self, sums: Sums) -> None:
-        """There is one sum."""
 
     def launch(self, sums: Sums, numel: int, device: torch.device) -> UnderWay:
         """All at once; a rank without micro-batches adds nothing."""
         total = sums[self._mine] if self._mine else torch.zeros(numel, device=device)
         return UnderWay(self._ranks.all_reduce(total), total)
-
-    def add_up(self, sent: UnderWay) -> UnderWay:
-        """The all-reduce does."""
-        return sent
-
-    def wait(self, total: UnderWay) -> Tensor:
-        """As the protocol says."""
-        if total.work is not None:
-            self._ranks.wait(total.work)
-        return total.tensor

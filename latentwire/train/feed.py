@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -47,7 +48,7 @@ def first_samples(data: Data, seed: int, count: int) -> list[Any]:
     return [data[index] for index in range(min(len(data), count))]
 
 
-class Feed:
+class Feed(abc.ABC):
     """This rank's batches of every step. Made by ``Feeds.add``.
 
     Attributes:
@@ -66,13 +67,13 @@ class Feed:
         self.mine = schedule.micro_batches_of(ranks.rank, ranks.world_size, self.num_micro_batches)
         self._config, self._ranks, self._collate = config, ranks, collate
 
+    @abc.abstractmethod
     def batches(self, step: int) -> Iterator[Any]:
         """This rank's batches in order, from the beginning of a step on; has no end. Collective."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def first_batches(self, count: int) -> Iterator[Any]:
         """The first samples, so many times, for a pass that is thrown away. Changes nothing; any rank."""
-        raise NotImplementedError
 
     def cursor(self, step: int) -> Any:
         """What says in a checkpoint where to go on after so many steps, as JSON. Collective.
@@ -81,7 +82,7 @@ class Feed:
         """
         return None
 
-    def resume(self, cursor: Any) -> None:
+    def resume(self, cursor: Any) -> None:  # noqa: B027
         """Go on from a checkpoint's cursor. Every rank; before ``batches``.
 
         Raises:

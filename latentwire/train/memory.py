@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from latentwire.config import ElasticSection
 from latentwire.errors import ConfigError
-from latentwire.train.ranks import Ranks
+
+if TYPE_CHECKING:
+    from latentwire.train.ranks import Ranks
 
 _OUT_OF_MEMORY = 2.0
 """How full a device is said to be that was too small."""

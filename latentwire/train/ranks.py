@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import torch
 import torch.distributed as dist
 
+from latentwire.train.memory import is_out_of_memory
 from latentwire.train.watch import Standing
 
 MEET_WITHIN = datetime.timedelta(minutes=10)
@@ -40,14 +41,13 @@ class Ranks:
 
     rank: int = 0
     world_size: int = 1
-    local_rank: int = 0
     gradients: Any = None
     standing: Standing = dataclasses.field(default_factory=Standing)
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
 
     @classmethod
     def connect(cls, device: torch.device, timeout_s: float, standing: Standing) -> Ranks:
-        """Join the others as RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT say. Blocks until all came.
+        """Join the others as RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT say. Blocks until all came.
 
         Args:
             device: where this rank computes, and on a GPU the one that no other rank has.
@@ -57,9 +57,9 @@ class Ranks:
         Raises:
             ConnectionError: they did not meet; so do all collectives where a rank is lost.
         """
-        rank, size, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if size == 1:
-            return cls(rank, size, local, None, standing, device)
+            return cls(rank, size, None, standing, device)
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         timeout = datetime.timedelta(seconds=timeout_s + _AFTER_THE_AGENT_S)
         where = f"did not meet at {address}:{port}; where nodes have several networks, GLOO_SOCKET_IFNAME and "
@@ -67,7 +67,7 @@ class Ranks:
             store = dist.TCPStore(address, port, size, rank == 0, timeout=MEET_WITHIN)  # type: ignore[attr-defined]
             dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
             gradients = dist.new_group(backend="nccl" if device.type == "cuda" else "gloo", timeout=timeout)
-        return cls(rank, size, local, gradients, standing, device)
+        return cls(rank, size, gradients, standing, device)
 
     def disconnect(self) -> None:
         """Leave the group. Not collective."""
@@ -127,7 +127,7 @@ def _together(standing: Standing, failed: str = "lost each other") -> Iterator[N
     try:
         with standing.waiting():
             yield
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise ConnectionError(f"the ranks {failed}: {error}") from error

@@ -45,9 +45,8 @@ class LaneReader:
         Raises:
             WorkloadError: no shard of the stream holds a sample, or the source's own.
         """
-        with randomness.isolated(
-            self._lanes.seed
-        ):  # once for all: to keep the generators takes longer than to seed them
+        # once for all: to keep the generators takes longer than to seed them
+        with randomness.isolated(self._lanes.seed):
             for _ in range(wanted.start - self._num_read):
                 next(self._samples)
             self._num_read = wanted.stop

@@ -12,14 +12,14 @@ from accelerate import init_empty_weights
 from accelerate.utils import compute_module_sizes
 
 from latentwire.config import TrainSection
-from latentwire.elastic.footprint import FrozenModule, cut
+from latentwire.elastic.footprint import FrozenModule
 from latentwire.workloads.pair import Options, footprint
 from latentwire.workloads.pair.batch import TargetBatch
 from latentwire.workloads.pair.cross_entropy import CHUNK_ROWS
 from latentwire.workloads.pair.data import pydoc_passages
 from latentwire.workloads.pair.families import FAMILIES
 from latentwire.workloads.pair.footprint import LOGITS_AT_ONCE, TEMPLATE_TOKENS, DecoderShape, num_wire_parameters
-from latentwire.workloads.pair.frozen import FrozenModel, device_of_layer, error_function, trained_through
+from latentwire.workloads.pair.frozen import FrozenModel, error_function, trained_through
 from latentwire.workloads.pair.options import WireOptions
 from latentwire.workloads.pair.tokenizer import DIALECTS, Script, make_script, train_tokenizer
 from latentwire.workloads.pair.wire import LatentWire
@@ -149,15 +149,6 @@ def kept_of_loss(model: FrozenModel) -> int:
     target = TargetBatch(tokens, torch.arange(BATCH * TARGETS), tokens.flatten())
     prefix = torch.zeros(BATCH, LATENTS, model.hidden_size, requires_grad=True)
     return kept_bytes(model.model.parameters(), lambda: model.loss(prefix, target))
-
-
-def test_a_module_is_cut_where_it_is_loaded() -> None:
-    for num_layers in range(1, 41):
-        for num_places in range(1, 5):
-            devices = tuple(torch.device("cuda", place) for place in range(num_places))
-            of_layers = [device_of_layer(layer, num_layers, devices).index for layer in range(num_layers)]
-            parts = cut(num_layers, num_places)
-            assert of_layers == [place for place, part in enumerate(parts) for _ in part]
 
 
 def test_the_loss_is_computed_in_chunks_of_the_assumed_size() -> None:

@@ -149,34 +149,23 @@ def test_the_pace_by_hand() -> None:
 # ---- Correction by measurements --------------------------------------------------------------------------------------
 
 
-def measured(footprint: Footprint, scale: float, more: int, batch: int, checkpointing: bool, place: int) -> Probe:
-    true = dataclasses.replace(footprint, activation_scale=scale, more_bytes=more)
-    return Probe(batch, predict(true, TWO, batch, checkpointing)[place])
+def measured(footprint: Footprint, scale: float, batch: int, checkpointing: bool) -> Probe:
+    true = dataclasses.replace(footprint, activation_scale=scale)
+    return Probe(batch, predict(true, TWO, batch, checkpointing)[0])
 
 
-@given(st.floats(0.3, 3), st.integers(1, 50), st.booleans(), st.sampled_from([0, 1]))
-def test_one_probe_scales_the_activations(scale: float, batch: int, checkpointing: bool, place: int) -> None:
-    probe = measured(BOTH, scale, 0, batch, checkpointing, place)
-    corrected = fitted(BOTH, [probe], TWO, checkpointing, place)
+@given(st.floats(0.3, 3), st.integers(1, 50), st.booleans())
+def test_a_probe_scales_the_activations(scale: float, batch: int, checkpointing: bool) -> None:
+    probe = measured(BOTH, scale, batch, checkpointing)
+    corrected = fitted(BOTH, probe, TWO, checkpointing)
     assert corrected.activation_scale == pytest.approx(scale, rel=0.02)
-    assert predict(corrected, TWO, batch, checkpointing)[place] == pytest.approx(probe.peak_bytes, abs=1)
-    assert fitted(corrected, [probe], TWO, checkpointing, place) == corrected, "it starts from the workload's figures"
+    assert predict(corrected, TWO, batch, checkpointing)[0] == pytest.approx(probe.peak_bytes, abs=1)
+    assert fitted(corrected, probe, TWO, checkpointing) == corrected, "it starts from the workload's figures"
 
 
-@given(st.floats(0.3, 3), st.integers(-500, 10**9), st.integers(1, 50), st.integers(1, 50), st.booleans())
-def test_two_probes_lay_a_line(scale: float, more: int, batch: int, further: int, checkpointing: bool) -> None:
-    probes = [measured(BOTH, scale, more, size, checkpointing, 0) for size in (batch, batch + further)]
-    corrected = fitted(BOTH, probes, TWO, checkpointing)
-    for probe in probes:
-        assert predict(corrected, TWO, probe.micro_batch, checkpointing)[0] == pytest.approx(probe.peak_bytes, abs=2)
-
-
-def test_noise_is_no_line() -> None:
+def test_less_than_the_weights_alone_is_taken_as_it_is() -> None:
     standing = CONTEXT_BYTES + 7 * 20 + A.weights_bytes
-    corrected = fitted(BOTH, [Probe(2, standing + 5000), Probe(4, standing + 4000)], TWO, False)
-    assert corrected.more_bytes == 0
-    assert predict(corrected, TWO, 2, False)[0] == pytest.approx(standing + 5000, abs=3)
-    below = fitted(BOTH, [Probe(2, standing - 100)], TWO, False)
+    below = fitted(BOTH, Probe(2, standing - 100), TWO, False)
     assert (predict(below, TWO, 2, False)[0], below.activation_scale) == (standing - 100, 1.0)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from latentwire.config import Config, parse_config
 from latentwire.elastic.footprint import CONTEXT_BYTES, Footprint, FrozenModule, TrainedPart, predict
 from latentwire.elastic.inventory import GB, Device, Inventory, parse_gpus
-from latentwire.elastic.planner import Placement, Weighed, plan, weigh
+from latentwire.elastic.planner import Placement, Weighed, weigh
 from latentwire.elastic.schedule import MAX_REPLICAS, micro_batches_of
 from latentwire.errors import ConfigError
 
@@ -65,6 +65,14 @@ def has(gpus: str) -> Inventory:
 
 def names(*gpus: str) -> Inventory:
     return Inventory(tuple(Device(name, 80 * GB) for name in gpus), "", {})
+
+
+def plan(*args: Any, **more: Any) -> Placement:
+    return weigh(*args, **more).placement()
+
+
+def is_probed(placement: Placement) -> bool:
+    return placement.probe_up_to is not None
 
 
 def best(gpus: str, footprint: Footprint = PAIR, **changes: Any) -> Placement:
@@ -154,14 +162,14 @@ def test_what_gives_no_footprint_cannot_be_divided() -> None:
 @pytest.mark.parametrize(("global_batch", "micro_batch"), [(32, 8), (12, 4), (6, 2), (7, 1)])
 def test_on_a_cpu_auto_is_a_power_of_two(global_batch: int, micro_batch: int) -> None:
     placement = plan(config(micro_batch="auto", global_batch=global_batch), names(), PAIR)
-    assert (placement.micro_batch, placement.is_probed) == (micro_batch, False)
+    assert (placement.micro_batch, is_probed(placement)) == (micro_batch, False)
 
 
 def test_on_a_gpu_auto_is_probed_even_if_nothing_is_known() -> None:
     auto = config(micro_batch="auto")
-    assert plan(auto, names("H200"), None).is_probed
+    assert is_probed(plan(auto, names("H200"), None))
     recorded = plan(auto, names("H200"), None, micro_batch=4)
-    assert (recorded.micro_batch, recorded.is_probed) == (4, False)
+    assert (recorded.micro_batch, is_probed(recorded)) == (4, False)
 
 
 # ---- The rules -------------------------------------------------------------------------------------------------------
@@ -303,7 +311,7 @@ def test_auto_is_the_largest_divisor_that_fits_everywhere(
     gpus: str, sections: dict[str, Any], micro_batch: int
 ) -> None:
     placement = best(gpus, micro_batch="auto", global_batch=64, **sections)
-    assert (placement.micro_batch, placement.is_probed) == (micro_batch, True)
+    assert (placement.micro_batch, is_probed(placement)) == (micro_batch, True)
 
 
 def test_auto_for_a_given_number_of_ranks() -> None:
@@ -315,16 +323,16 @@ def test_auto_for_a_given_number_of_ranks() -> None:
 
 def test_a_recorded_micro_batch_is_kept() -> None:
     placement = plan(config(micro_batch="auto", global_batch=64), has("H200-141GB"), PAIR, micro_batch=4)
-    assert (placement.micro_batch, placement.is_probed) == (4, False)
+    assert (placement.micro_batch, is_probed(placement)) == (4, False)
     placement = plan(config(micro_batch="auto", global_batch=64), has("H200-141GB"), PAIR, halvings=1, micro_batch=4)
-    assert (placement.micro_batch, placement.is_probed) == (2, False)
+    assert (placement.micro_batch, is_probed(placement)) == (2, False)
     with pytest.raises(ConfigError, match="recorded micro-batch of 5"):
         plan(config(micro_batch="auto", global_batch=64), has("H200-141GB"), PAIR, micro_batch=5)
 
 
 def test_a_guess_that_ran_out_of_memory_is_halved() -> None:
     placement = plan(config(micro_batch="auto", global_batch=64), has("H200-141GB"), PAIR, halvings=2)
-    assert (placement.micro_batch, placement.is_probed) == (8, True)
+    assert (placement.micro_batch, is_probed(placement)) == (8, True)
 
 
 def test_a_smallest_gpu_that_is_too_small_is_told_at_the_start() -> None:

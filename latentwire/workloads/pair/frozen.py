@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from latentwire.elastic.footprint import cut
 from latentwire.workloads.pair.batch import TargetBatch
 from latentwire.workloads.pair.cross_entropy import Errors, cross_entropy, errors
 from latentwire.workloads.pair.digests import folder_digest, module_digest
@@ -99,17 +100,17 @@ class FrozenModel:
         positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
         rotary = decoder.rotary_emb(embeds, position_ids=positions)
         hidden = embeds
-        for index, layer in enumerate(layers):
-            device = device_of_layer(index, len(layers), self.devices)
+        for layer, device in zip(layers, devices_of_layers(len(layers), self.devices), strict=True):
             if hidden.device != device:
                 hidden, rotary = hidden.to(device), tuple(part.to(device) for part in rotary)
             hidden = layer(hidden, attention_mask=None, position_embeddings=rotary)
         return hidden
 
 
-def device_of_layer(index: int, num_layers: int, devices: tuple[torch.device, ...]) -> torch.device:
-    """The layers in order, as evenly as whole layers allow."""
-    return devices[index * len(devices) // num_layers]
+def devices_of_layers(num_layers: int, devices: tuple[torch.device, ...]) -> list[torch.device]:
+    """Where each layer is: as the planner counts them."""
+    parts = cut(num_layers, len(devices))
+    return [device for device, layers in zip(devices, parts, strict=True) for _ in layers]
 
 
 def trained_through(model: PreTrainedModel, compiled: bool, checkpointed: bool) -> tuple[Layer, ...]:
@@ -121,7 +122,6 @@ def trained_through(model: PreTrainedModel, compiled: bool, checkpointed: bool) 
     if compiled:
         # transformers wraps the layers of all models in one function; it meets each model, device and target length
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_SHAPES)
-        # of one function, so that layers of equal shapes share what is made of it
         layers = [torch.compile(layer.forward, **COMPILED) for layer in model.get_decoder().layers]
     if checkpointed:
         layers = [

@@ -22,7 +22,7 @@ from latentwire.workloads.base import BuildContext
 from latentwire.workloads.pair.data import pydoc_passages
 from latentwire.workloads.pair.families import FAMILIES, Family
 from latentwire.workloads.pair.folders import INDEX, WEIGHTS, make_once
-from latentwire.workloads.pair.frozen import FrozenModel, device_of_layer, error_function, trained_through
+from latentwire.workloads.pair.frozen import FrozenModel, devices_of_layers, error_function, trained_through
 from latentwire.workloads.pair.options import ModelOptions
 from latentwire.workloads.pair.tokenizer import DIALECTS, make_script, train_tokenizer
 
@@ -61,7 +61,7 @@ def _device_map(num_layers: int, devices: tuple[torch.device, ...]) -> dict[str,
     """Which part of a model goes where, in accelerate's words."""
     if len(devices) == 1:
         return {"": devices[0]}
-    layers = {f"model.layers.{i}": device_of_layer(i, num_layers, devices) for i in range(num_layers)}
+    layers = {f"model.layers.{i}": device for i, device in enumerate(devices_of_layers(num_layers, devices))}
     first, last = devices[0], devices[-1]
     return {"model.embed_tokens": first, "model.rotary_emb": first, **layers, "model.norm": last, "lm_head": last}
 
