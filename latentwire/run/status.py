@@ -13,7 +13,8 @@ from typing import Any
 
 from latentwire.run.budget import verdict_of
 from latentwire.run.directory import Attempt, Run
-from latentwire.run.journal import last_record, read_journal
+from latentwire.run.goodput import ledger_of
+from latentwire.run.journal import last_record, read_journal, time_of
 from latentwire.run.telling import tell_hang
 
 HEARTBEAT_S = 90.0
@@ -27,8 +28,8 @@ class RunStatus:
     """A run at a glance. Times in seconds since the epoch, durations in seconds; None: not known (yet).
 
     Attributes:
-        state: PENDING, RUNNING, STALLED, PREEMPTED, LOST, RETRYING (failed, within its budget), FAILED (given up),
-            STOPPED, CANCELLED or DONE.
+        state: PENDING, RUNNING, STALLED, PREEMPTED, LOST, RETRYING (failed, within its budget), REQUEUED (any of these
+            three, and its next job waits), FAILED (given up), STOPPED, CANCELLED or DONE.
         phase: of a running attempt: starting, building, restoring, warming up, training, evaluating, saving, draining.
         attempt: number of the newest attempt, 0 before the first.
         num_preemptions: attempts that ended preempted.
@@ -45,6 +46,7 @@ class RunStatus:
         grace_s: what it would have for that.
         warning: what a notice would lose; None where it fits, or nothing was measured yet.
         advice: what to change then.
+        goodput: training that stood, over the time allotted.
         weights_sha256: of the finished run.
     """
 
@@ -68,6 +70,7 @@ class RunStatus:
     grace_s: float | None
     warning: str | None
     advice: str | None
+    goodput: float | None
     weights_sha256: str | None
 
     def to_json(self, more: Mapping[str, Any]) -> str:
@@ -110,6 +113,7 @@ def run_status(run: Run, now: float | None = None) -> RunStatus:
         grace_s=_number(forecast.get("grace_s")),
         warning=forecast.get("warning"),
         advice=forecast.get("advice"),
+        goodput=ledger_of(run, now, alive).goodput,
         weights_sha256=facts.weights_sha256 if state == "DONE" else None,
     )
 
@@ -225,13 +229,27 @@ def _state(run: Run, alive: bool, outcomes: list[str], facts: _Facts, now: float
     if last is None:
         return "PENDING", "not started yet"
     words = {"preempted": "PREEMPTED", "interrupted": "STOPPED", "cancelled": "CANCELLED", "lost": "LOST"}
-    return words.get(last, "RETRYING"), None
+    state = words.get(last, "RETRYING")
+    if state in ("PREEMPTED", "LOST", "RETRYING") and (job_id := _waiting_job(run)):
+        return "REQUEUED", f"{state.lower()}, waits as job {job_id}"
+    return state, None
 
 
 def _given_up(run: Run) -> str | None:
     """The reason, where the orchestrator's last word was that it starts the run no more."""
     record = last_record(run.orchestrator_events)
     return str(record.get("reason")) if record is not None and record.get("event") == "given_up" else None
+
+
+def _waiting_job(run: Run) -> str | None:
+    """The job that was put into the queue after the newest attempt ended."""
+    newest = run.attempts()[-1]
+    events = newest.events()
+    since = max(map(time_of, events), default=0.0)
+    if any(e.get("event") == "requeue" and e.get("done") for e in events):
+        return str(newest.record().get("job_id"))
+    later = [e for e in read_journal(run.orchestrator_events) if e.get("event") == "submitted" and time_of(e) >= since]
+    return str(later[-1].get("job_id")) if later else None
 
 
 def _submitted_job(run: Run) -> str | None:

@@ -1,0 +1,310 @@
+"""Where a run's time went: every millisecond in one class, from the first submission to the end, or to now.
+
+Read from the journals alone. Spans touch and do not overlap, so their sum is the wall clock exactly. Times of several
+writers, whose clocks may differ, are put in order: no span is negative.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from latentwire.run.atomic import read_json
+from latentwire.run.budget import Verdict, verdict_of
+from latentwire.run.directory import Attempt, Run
+from latentwire.run.journal import last_record, newest_first, read_journal, time_of
+
+KINDS = (
+    "queued",
+    "starting",
+    "loading",
+    "restoring",
+    "training",
+    "redoing",
+    "saving",
+    "evaluating",
+    "draining",
+    "failed",
+    "stopped",
+)
+"""``starting``: processes, libraries, warm-up. ``loading``: models and data. ``restoring``: the checkpoint.
+``redoing``: steps that an earlier attempt had done and lost. ``saving``: training waits for a save. ``draining``: from
+a notice to the end. ``failed``: from the last sign of life of an attempt that went wrong to its end, and pauses in its
+allocation. ``stopped``: nobody wanted it to run."""
+PRODUCTIVE = "training"
+NOT_ALLOTTED = ("queued", "stopped")
+FIRST_START = "first start"
+
+_SIGNS_OF_TROUBLE = ("hang", "hang_over", "waiting", "stuck", "attempt_ended")
+_BEGINS = ("submitting", "submitted", "resumed")
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """A stretch of time in one class.
+
+    Attributes:
+        kind: one of ``KINDS``.
+        begin_ms, end_ms: milliseconds since the epoch.
+        attempt: whose it is; None between attempts.
+        cause: what it is due to: ``first start``, ``preempted``, ``lost``, ``oom``, ``network`` and so on (how the
+            attempt before ended, for what a restart costs), ``saves``, ``evaluation``; empty for training.
+        num_gpus: that were held.
+    """
+
+    kind: str
+    begin_ms: int
+    end_ms: int
+    attempt: int | None
+    cause: str
+    num_gpus: int
+
+    @property
+    def seconds(self) -> float:
+        """How long."""
+        return (self.end_ms - self.begin_ms) / 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Ledger:
+    """The account of a run, or of several. Spans of one run touch; ``sum`` of all is the wall clock."""
+
+    spans: tuple[Span, ...]
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds of all spans."""
+        return sum(span.end_ms - span.begin_ms for span in self.spans) / 1000
+
+    @property
+    def allotted_s(self) -> float:
+        """Seconds in which the run had an allocation."""
+        return sum(s.end_ms - s.begin_ms for s in self.spans if s.kind not in NOT_ALLOTTED) / 1000
+
+    @property
+    def goodput(self) -> float | None:
+        """Seconds of training that stood, over those allotted; None before there were any."""
+        allotted_s = self.allotted_s
+        return self.seconds_of(PRODUCTIVE) / allotted_s if allotted_s else None
+
+    def seconds_of(self, kind: str) -> float:
+        """Seconds in a class."""
+        return sum(span.end_ms - span.begin_ms for span in self.spans if span.kind == kind) / 1000
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds in each class."""
+        return {kind: self.seconds_of(kind) for kind in KINDS}
+
+    def lost_by_cause(self) -> dict[str, tuple[float, float]]:
+        """Cause -> seconds and GPU-hours of allotted time that was not training; the largest first."""
+        lost: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
+        for span in self.spans:
+            if span.kind != PRODUCTIVE and span.kind not in NOT_ALLOTTED:
+                lost[span.cause][0] += span.end_ms - span.begin_ms
+                lost[span.cause][1] += (span.end_ms - span.begin_ms) * span.num_gpus
+        in_order = sorted(lost.items(), key=lambda item: (-item[1][1], -item[1][0]))
+        return {cause: (ms / 1000, gpu_ms / 3_600_000) for cause, (ms, gpu_ms) in in_order}
+
+    @property
+    def gpu_hours(self) -> float:
+        """GPU-hours held."""
+        return sum((s.end_ms - s.begin_ms) * s.num_gpus for s in self.spans) / 3_600_000
+
+
+def together(ledgers: Iterable[Ledger]) -> Ledger:
+    """The account of a fleet."""
+    return Ledger(tuple(span for ledger in ledgers for span in ledger.spans))
+
+
+def ledger_of(run: Run, now: float, alive: bool) -> Ledger:
+    """Fold a run's journals. Reads only; does not block, and no half-written or missing file upsets it.
+
+    Args:
+        run: the run.
+        now: seconds since the epoch.
+        alive: whether its newest attempt runs (``latentwire.run.status.is_alive``).
+    """
+    attempts = run.attempts()
+    own = list(read_journal(run.orchestrator_events))
+    claims = [_claimed(attempt) for attempt in attempts]
+    begun = [time_of(e) for e in own if e.get("event") in _BEGINS]
+    known = [time_s for time_s in (*begun[:1], *claims[:1]) if time_s > 0]
+    if not known:
+        return Ledger(())
+    painter = _Painter(_ms(min(known)))
+    painter.turn(painter.begin_ms, "queued", None, FIRST_START, 0)
+    cause, most_steps = FIRST_START, 0
+    for attempt, claimed, following in zip(attempts, claims, [*attempts[1:], None], strict=True):
+        told = _Told(attempt, most_steps, cause)
+        is_running = following is None and alive
+        told.paint(painter, claimed, None if is_running else verdict_of(attempt))
+        if is_running:
+            break
+        verdict = verdict_of(attempt)
+        cause = cause_of(verdict)
+        most_steps = max(most_steps, told.last_step)
+        again_here = following is not None and _same_job(attempt, following)
+        _paint_gap(painter, told, verdict, cause, own, again_here)
+    return painter.ledger(_end_ms(run, own, attempts, painter.open_ms, now, alive))
+
+
+def cause_of(verdict: Verdict) -> str:
+    """What the restart after such an end is due to, in one word."""
+    return verdict.cause or verdict.outcome
+
+
+class _Painter:
+    """Lays span after span; each begins where the one before ends."""
+
+    def __init__(self, begin_ms: int) -> None:
+        self.begin_ms = self.open_ms = begin_ms
+        self.kind = ""
+        self._rest: tuple[int | None, str, int] = (None, "", 0)
+        self._spans: list[Span] = []
+
+    def turn(self, at_ms: int, kind: str, attempt: int | None, cause: str, num_gpus: int) -> None:
+        """From here on it is this. A time before the last turn counts as that turn's."""
+        at_ms = max(at_ms, self.open_ms)
+        if at_ms > self.open_ms:
+            self._spans.append(Span(self.kind, self.open_ms, at_ms, *self._rest))
+        self.open_ms, self.kind, self._rest = at_ms, kind, (attempt, cause, num_gpus)
+
+    def ledger(self, end_ms: int) -> Ledger:
+        self.turn(end_ms, "", None, "", 0)
+        return Ledger(tuple(self._spans))
+
+
+class _Told:
+    """What an attempt's journals say of where its time went."""
+
+    def __init__(self, attempt: Attempt, most_steps: int, cause: str) -> None:
+        self._number = attempt.number
+        self._most_steps, self._restart_cause = most_steps, cause
+        self._events = [e for e in attempt.events() if e["writer"] in ("agent", "rank0")]
+        self.num_gpus = _num_gpus(attempt)
+        self._metrics = attempt.path / "metrics.jsonl"
+        last = last_record(self._metrics, key="step_s") or {}
+        self.last_step = last["step"] if isinstance(last.get("step"), int) else 0
+        self.last_life_s = max([_claimed(attempt), time_of(last), *self._signs_of_life()])
+        ended = attempt.ended()
+        self._end_s = time_of(ended) if ended is not None else self._last_write_s(attempt)
+
+    def paint(self, painter: _Painter, claimed: float, verdict: Verdict | None) -> None:
+        """Lay this attempt's spans; ``verdict`` is None while it runs."""
+        self._painter = painter
+        self._turn(claimed, "starting")
+        self._working = "training"
+        for event in sorted([*self._events, *self._caught_up()], key=time_of):
+            self._take(event)
+        if verdict is not None:
+            if verdict.outcome in ("failed", "lost", "fenced") and painter.kind != "draining":
+                self._turn(self.last_life_s, "failed", cause_of(verdict))
+            painter.turn(_ms(self._end_s), "queued", None, cause_of(verdict), 0)
+
+    def _take(self, event: dict[str, Any]) -> None:
+        name, at = event.get("event"), time_of(event)
+        began = at - _number(event.get("seconds"))
+        if self._painter.kind == "draining":
+            return  # what follows a notice belongs to it
+        if name in ("notice", "draining"):
+            self._turn(_number(event.get("received")) or at, "draining", "preempted")
+        elif name in ("workload_built", "restored"):
+            self._turn(began, "loading" if name == "workload_built" else "restoring")
+            self._turn(at, "starting")
+        elif name == "training_started":
+            self._working = "redoing" if _whole(event.get("step")) < self._most_steps else "training"
+            self._turn(at, self._working)
+        elif name == "caught_up":
+            self._working = "training"
+            if self._painter.kind == "redoing":
+                self._turn(at, "training")
+        elif name in ("evaluation_started", "evaluation_finished"):
+            self._turn(at, "evaluating" if name == "evaluation_started" else self._working)
+        elif name == "save_staged":
+            self._turn(began, "saving")
+            if event.get("reason") != "last":  # after the last step only the save is waited for
+                self._turn(at, self._working)
+
+    def _turn(self, at_s: float, kind: str, cause: str | None = None) -> None:
+        causes = {"training": "", "saving": "saves", "evaluating": "evaluation"}
+        because = cause or causes.get(kind, self._restart_cause)
+        self._painter.turn(_ms(at_s), kind, self._number, because, self.num_gpus)
+
+    def _caught_up(self) -> Iterator[dict[str, Any]]:
+        """When the attempt had done all steps again; of a long file only the steps done again are read."""
+        started = [e for e in self._events if e.get("event") == "training_started"]
+        if started and _whole(started[0].get("step")) < self._most_steps:
+            for record in read_journal(self._metrics):
+                if "step_s" in record and _whole(record.get("step")) >= self._most_steps:
+                    yield {"time": time_of(record), "event": "caught_up"}
+                    return
+
+    def _signs_of_life(self) -> list[float]:
+        return [time_of(e) for e in self._events if e.get("event") not in _SIGNS_OF_TROUBLE]
+
+    def _last_write_s(self, attempt: Attempt) -> float:
+        """Of an attempt that ended without a word: its last one, the monitor's included."""
+        monitored = next(newest_first(attempt.path / "gpu_stats.jsonl"), {})
+        return max([self.last_life_s, time_of(monitored), *map(time_of, self._events)])
+
+
+def _paint_gap(
+    painter: _Painter, told: _Told, verdict: Verdict, cause: str, own: Sequence[dict[str, Any]], again_here: bool
+) -> None:
+    """What comes between an attempt's end and the next one's claim."""
+    ended_ms = painter.open_ms
+    later = [e for e in own if _ms(time_of(e)) >= ended_ms]
+    if again_here:  # a pause after a failure, in the same allocation
+        painter.turn(ended_ms, "failed", None, cause, told.num_gpus)
+    elif verdict.outcome == "lost":
+        found_out = [time_of(e) for e in later if e.get("event") in ("attempt_lost", *_BEGINS)]
+        if found_out:  # until somebody noticed it did not even wait
+            painter.turn(ended_ms, "failed", None, cause, 0)
+            painter.turn(_ms(found_out[0]), "queued", None, cause, 0)
+    stop = [e for e in later if e.get("event") == "given_up"]
+    if verdict.outcome in ("finished", "interrupted", "cancelled") or stop:
+        painter.turn(_ms(time_of(stop[0])) if stop else ended_ms, "stopped", None, cause, 0)
+        again = [time_of(e) for e in later if e.get("event") in _BEGINS and time_of(e) >= painter.open_ms / 1000]
+        if again:
+            painter.turn(_ms(again[0]), "queued", None, cause, 0)
+
+
+def _end_ms(
+    run: Run, own: Sequence[dict[str, Any]], attempts: Sequence[Attempt], open_ms: int, now: float, alive: bool
+) -> int:
+    """Where the account ends: now, unless nobody wants the run to go on."""
+    over = not alive and (
+        run.cancel_path.exists()
+        or (bool(own) and own[-1].get("event") == "given_up")
+        or (bool(attempts) and verdict_of(attempts[-1]).outcome in ("finished", "interrupted", "cancelled"))
+    )
+    return open_ms if over else max(open_ms, _ms(now))
+
+
+def _same_job(attempt: Attempt, following: Attempt) -> bool:
+    keys = ("job_id", "restart")
+    return [attempt.record().get(k) for k in keys] == [following.record().get(k) for k in keys]
+
+
+def _num_gpus(attempt: Attempt) -> int:
+    placement = read_json(attempt.path / "placement.json")
+    devices = placement.get("devices") if isinstance(placement, dict) else None
+    return sum(str(device).startswith("cuda") for rank in devices or () for device in rank)
+
+
+def _claimed(attempt: Attempt) -> float:
+    return _number(attempt.record().get("claimed")) or min(map(time_of, attempt.events()), default=0.0)
+
+
+def _ms(seconds: float) -> int:
+    return round(seconds * 1000)
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+def _whole(value: Any) -> int:
+    return value if isinstance(value, int) else 0
