@@ -13,6 +13,7 @@ from latentwire.cli.checks import checklist, drill
 from latentwire.cli.config import config
 from latentwire.cli.control import cancel, preempt
 from latentwire.cli.events import events
+from latentwire.cli.goodput import goodput
 from latentwire.cli.logs import logs
 from latentwire.cli.plan import plan
 from latentwire.cli.starting import run, submit
@@ -54,6 +55,7 @@ app.command()(submit)
 app.command()(plan)
 app.command()(logs)
 app.command()(events)
+app.command()(goodput)
 app.command()(preempt)
 app.command()(cancel)
 app.add_typer(config)

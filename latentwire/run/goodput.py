@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -136,7 +137,7 @@ def ledger_of(run: Run, now: float, alive: bool) -> Ledger:
     painter = _Painter(_ms(min(known)))
     painter.turn(painter.begin_ms, "queued", None, FIRST_START, 0)
     cause, most_steps = FIRST_START, 0
-    for attempt, claimed, following in zip(attempts, claims, [*attempts[1:], None], strict=True):
+    for attempt, claimed, following in itertools.zip_longest(attempts, claims, attempts[1:]):
         told = _Told(attempt, most_steps, cause)
         is_running = following is None and alive
         told.paint(painter, claimed, None if is_running else verdict_of(attempt))
@@ -145,7 +146,7 @@ def ledger_of(run: Run, now: float, alive: bool) -> Ledger:
         verdict = verdict_of(attempt)
         cause = cause_of(verdict)
         most_steps = max(most_steps, told.last_step)
-        again_here = following is not None and _same_job(attempt, following)
+        again_here = verdict.outcome == "failed" and following is not None and _same_job(attempt, following)
         _paint_gap(painter, told, verdict, cause, own, again_here)
     return painter.ledger(_end_ms(run, own, attempts, painter.open_ms, now, alive))
 

@@ -86,7 +86,7 @@ def run_status(run: Run, now: float | None = None) -> RunStatus:
     for attempt in attempts:
         facts.take(attempt)
     newest = attempts[-1] if attempts else None
-    alive = newest is not None and newest.ended() is None and is_alive(newest, now)
+    alive = is_running(run, now)
     verdicts = [verdict_of(a) for a in attempts if not (alive and a is newest)]
     state, reason = _state(run, alive, [v.outcome for v in verdicts], facts, now)
     if reason is None and verdicts and state not in ("RUNNING", "STALLED", "DONE"):
@@ -116,6 +116,12 @@ def run_status(run: Run, now: float | None = None) -> RunStatus:
         goodput=ledger_of(run, now, alive).goodput,
         weights_sha256=facts.weights_sha256 if state == "DONE" else None,
     )
+
+
+def is_running(run: Run, now: float) -> bool:
+    """Whether its newest attempt is under way."""
+    attempts = run.attempts()
+    return bool(attempts) and attempts[-1].ended() is None and is_alive(attempts[-1], now)
 
 
 def is_alive(attempt: Attempt, now: float) -> bool:

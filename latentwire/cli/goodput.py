@@ -1,0 +1,90 @@
+"""``latentwire goodput``: where the time went."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from latentwire.cli import DEFAULT_RUNS_DIR
+from latentwire.cli.arguments import RunsDirOption
+from latentwire.cli.text import NOTHING, columns, duration, figure
+
+if TYPE_CHECKING:
+    from latentwire.run.directory import Run
+    from latentwire.run.goodput import Ledger
+
+
+def goodput(
+    run: Annotated[
+        str | None, typer.Argument(metavar="[RUN]", help="A run's name or directory; without one: all.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object, seconds unrounded.")] = False,
+    runs_dir: RunsDirOption = DEFAULT_RUNS_DIR,
+) -> None:
+    """Show where the time of a run, or of all, went: every second in one class, and what was lost to which cause.
+
+    Goodput is the time of training that stood, over the time that was allotted (all but queued and stopped).
+    """
+    from latentwire.run.directory import list_runs, open_run
+    from latentwire.run.goodput import together
+
+    runs = list_runs(runs_dir) if run is None else [open_run(run, runs_dir)]
+    ledgers = {each.name: _ledger(each) for each in runs}
+    total = together(ledgers.values())
+    if json:
+        _print_json(ledgers, total)
+    elif not ledgers:
+        print(f"no runs in {runs_dir.absolute()}")
+    else:
+        _print_table(ledgers, total)
+
+
+def _ledger(run: Run) -> Ledger:
+    from latentwire.run.goodput import ledger_of
+    from latentwire.run.status import is_running
+
+    now = time.time()
+    return ledger_of(run, now, is_running(run, now))
+
+
+def _print_json(ledgers: dict[str, Ledger], total: Ledger) -> None:
+    from json import dumps
+
+    runs = {name: _as_dict(ledger) for name, ledger in ledgers.items()}
+    print(dumps({"runs": runs, "total": _as_dict(total)}))
+
+
+def _as_dict(ledger: Ledger) -> dict[str, Any]:
+    causes = ledger.lost_by_cause()
+    return {
+        "goodput": ledger.goodput,
+        "wall_s": ledger.wall_s,
+        "allotted_s": ledger.allotted_s,
+        "gpu_hours": ledger.gpu_hours,
+        "seconds": ledger.seconds(),
+        "lost": {cause: {"seconds": seconds, "gpu_hours": hours} for cause, (seconds, hours) in causes.items()},
+    }
+
+
+def _print_table(ledgers: dict[str, Ledger], total: Ledger) -> None:
+    shown = {"all": total, **ledgers} if len(ledgers) > 1 else ledgers
+    kinds = [kind for kind, seconds in total.seconds().items() if seconds]
+    header = ["run", "goodput", "wall clock", *kinds]
+    rows = [
+        [name, _percent(ledger.goodput), duration(ledger.wall_s), *(duration(ledger.seconds_of(k)) for k in kinds)]
+        for name, ledger in shown.items()
+    ]
+    print("\n".join(columns([header, *rows])))
+    causes = total.lost_by_cause()
+    if causes:
+        lost = [
+            [cause, duration(seconds), figure(hours) if total.gpu_hours else NOTHING]
+            for cause, (seconds, hours) in causes.items()
+        ]
+        print("\n" + "\n".join(columns([("not training, due to", "time", "GPU-hours"), *lost])))
+
+
+def _percent(share: float | None) -> str:
+    return NOTHING if share is None else f"{100 * share:.1f} %"
