@@ -147,7 +147,9 @@ def ledger_of(run: Run, now: float, alive: bool) -> Ledger:
         cause = cause_of(verdict)
         most_steps = max(most_steps, told.last_step)
         again_here = verdict.outcome == "failed" and following is not None and _same_job(attempt, following)
-        _paint_gap(painter, told, verdict, cause, own, again_here)
+        until = _claimed(following) if following is not None else now
+        meanwhile = [e for e in own if painter.open_ms <= _ms(time_of(e)) and time_of(e) <= until]
+        _paint_gap(painter, told.num_gpus, verdict, meanwhile, again_here)
     return painter.ledger(_end_ms(run, own, attempts, painter.open_ms, now, alive))
 
 
@@ -252,22 +254,21 @@ class _Told:
 
 
 def _paint_gap(
-    painter: _Painter, told: _Told, verdict: Verdict, cause: str, own: Sequence[dict[str, Any]], again_here: bool
+    painter: _Painter, num_gpus: int, verdict: Verdict, meanwhile: Sequence[dict[str, Any]], again_here: bool
 ) -> None:
-    """What comes between an attempt's end and the next one's claim."""
-    ended_ms = painter.open_ms
-    later = [e for e in own if _ms(time_of(e)) >= ended_ms]
+    """What comes between an attempt's end and the next one's claim, by what the orchestrator wrote meanwhile."""
+    ended_ms, cause = painter.open_ms, cause_of(verdict)
     if again_here:  # a pause after a failure, in the same allocation
-        painter.turn(ended_ms, "failed", None, cause, told.num_gpus)
+        painter.turn(ended_ms, "failed", None, cause, num_gpus)
     elif verdict.outcome == "lost":
-        found_out = [time_of(e) for e in later if e.get("event") in ("attempt_lost", *_BEGINS)]
+        found_out = [time_of(e) for e in meanwhile if e.get("event") in ("attempt_lost", *_BEGINS)]
         if found_out:  # until somebody noticed it did not even wait
             painter.turn(ended_ms, "failed", None, cause, 0)
             painter.turn(_ms(found_out[0]), "queued", None, cause, 0)
-    stop = [e for e in later if e.get("event") == "given_up"]
+    stop = [e for e in meanwhile if e.get("event") == "given_up"]
     if verdict.outcome in ("finished", "interrupted", "cancelled") or stop:
         painter.turn(_ms(time_of(stop[0])) if stop else ended_ms, "stopped", None, cause, 0)
-        again = [time_of(e) for e in later if e.get("event") in _BEGINS and time_of(e) >= painter.open_ms / 1000]
+        again = [time_of(e) for e in meanwhile if e.get("event") in _BEGINS and time_of(e) >= painter.open_ms / 1000]
         if again:
             painter.turn(_ms(again[0]), "queued", None, cause, 0)
 

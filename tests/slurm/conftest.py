@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from cluster import Cluster, missing_programs
-from running import make_run, run_agent
+from running import check_ledgers, make_run, run_agent
 
 from latentwire.run.directory import Run
 
@@ -26,6 +26,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield private
     finally:
         private.down()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ledgers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Whatever the tests did to their runs, in the end no second is missing from their accounts."""
+    yield
+    check_ledgers(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="session")

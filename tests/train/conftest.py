@@ -8,9 +8,16 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from running import KILL, make_run, run_agent
+from running import KILL, check_ledgers, make_run, run_agent
 
 from latentwire.run.directory import Run
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ledgers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Whatever the tests did to their runs, in the end no second is missing from their accounts."""
+    yield
+    check_ledgers(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,9 @@ import yaml
 from latentwire.config import load_config
 from latentwire.run.atomic import write_text
 from latentwire.run.directory import Attempt, Run, create_run
+from latentwire.run.goodput import KINDS, ledger_of
 from latentwire.run.journal import read_journal
+from latentwire.run.status import is_running
 
 PATIENCE_S = 240.0
 HERE = Path(__file__).parent
@@ -133,6 +135,21 @@ def held(run: Run, where: str, after: int = 0) -> Iterator[None]:
 def hold(run: Run, where: str, after: int) -> None:
     """Let the toy go on, if it stands at ``where``, up to that visit."""
     write_text(run.path / f"hold-{where}", str(after))
+
+
+def check_ledgers(folder: Path) -> None:
+    """Of every run below: its time is in one class each, and the sum is the wall clock from start to end."""
+    for path in folder.rglob("experiment_*/attempts"):
+        run = Run(path.parent)
+        now = time.time()
+        ledger = ledger_of(run, now, is_running(run, now))
+        spans = ledger.spans
+        assert all(a.end_ms == b.begin_ms for a, b in zip(spans, spans[1:], strict=False)), f"a hole in {run.path}"
+        assert all(span.kind in KINDS and span.begin_ms < span.end_ms for span in spans), run.path
+        claims = [attempt.record()["claimed"] for attempt in run.attempts() if attempt.record()]
+        if claims:
+            assert spans[0].begin_ms <= round(claims[0] * 1000), run.path
+            assert round(ledger.wall_s * 1000) == spans[-1].end_ms - spans[0].begin_ms, run.path
 
 
 def events(attempt: Attempt, name: str, writer: str = "rank0") -> list[dict[str, Any]]:

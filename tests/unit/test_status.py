@@ -161,8 +161,18 @@ def test_given_up_until_it_is_submitted_again(run: Run) -> None:
     end_attempt(run, "failed", "network")
     write_line(run.orchestrator_events, {"time": NOW, "event": "given_up", "reason": "4 times network"})
     assert state_of(run) == ("FAILED", "4 times network")
-    write_line(run.orchestrator_events, {"time": NOW, "event": "submitted", "job_id": "2"})
+    write_line(run.orchestrator_events, {"time": NOW, "event": "resumed", "after_attempt": 1})
     assert state_of(run) == ("RETRYING", "why 1")
+    write_line(run.orchestrator_events, {"time": NOW, "event": "submitted", "job_id": "2"})
+    assert state_of(run) == ("REQUEUED", "retrying, waits as job 2")
+
+
+def test_a_job_that_requeued_itself_waits(run: Run) -> None:
+    attempt = end_attempt(run, "preempted")
+    tell(attempt, "agent", "requeue", done=False, reason="refused")
+    assert state_of(run) == ("PREEMPTED", None)
+    tell(attempt, "agent", "requeue", done=True)
+    assert state_of(run) == ("REQUEUED", "preempted, waits as job 1")
 
 
 def test_attempts_are_counted_by_how_they_ended(run: Run, dead: ProcessIdentity) -> None:
