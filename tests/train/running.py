@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -144,7 +145,7 @@ def check_ledgers(folder: Path) -> None:
         now = time.time()
         ledger = ledger_of(run, now, is_running(run, now))
         spans = ledger.spans
-        assert all(a.end_ms == b.begin_ms for a, b in zip(spans, spans[1:], strict=False)), f"a hole in {run.path}"
+        assert all(a.end_ms == b.begin_ms for a, b in itertools.pairwise(spans)), f"a hole in {run.path}"
         assert all(span.kind in KINDS and span.begin_ms < span.end_ms for span in spans), run.path
         claims = [attempt.record()["claimed"] for attempt in run.attempts() if attempt.record()]
         if claims:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import tempfile
 from pathlib import Path
@@ -66,7 +67,7 @@ def story(ledger: Ledger) -> Story:
 
 def check(ledger: Ledger) -> None:
     """No hole, no overlap, no class that is not one; so the sum is the wall clock to the millisecond."""
-    for before, after in zip(ledger.spans, ledger.spans[1:], strict=False):
+    for before, after in itertools.pairwise(ledger.spans):
         assert before.end_ms == after.begin_ms
     for span in ledger.spans:
         assert span.kind in KINDS
