@@ -16,6 +16,7 @@ from latentwire.cli.events import events
 from latentwire.cli.goodput import goodput
 from latentwire.cli.logs import logs
 from latentwire.cli.plan import plan
+from latentwire.cli.simulate import simulate
 from latentwire.cli.starting import run, submit
 
 app = typer.Typer(
@@ -56,6 +57,7 @@ app.command()(plan)
 app.command()(logs)
 app.command()(events)
 app.command()(goodput)
+app.command()(simulate)
 app.command()(preempt)
 app.command()(cancel)
 app.add_typer(config)

@@ -1,0 +1,135 @@
+"""What a run went through, as the simulator wants it: what things took, and when the machine was taken away."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from latentwire.errors import ConfigError, RunError
+from latentwire.run.directory import Run
+from latentwire.run.goodput import PRODUCTIVE, Ledger
+from latentwire.run.journal import read_journal
+from latentwire.run.simulation import Costs, Policy, Window
+
+_START = ("starting", "loading", "restoring")
+_TRAINING_WAITS = ("last", "notice")
+
+
+def costs_of(run: Run, ledger: Ledger) -> Costs:
+    """What things took in a run, in the mean over its attempts. Reads its journals.
+
+    Raises:
+        RunError: it has not made enough steps to tell.
+    """
+    events = _rank_events(run)
+    paths = [attempt.path / "metrics.jsonl" for attempt in run.attempts()]
+    num_steps = sum("step_s" in record for path in paths for record in read_journal(path))
+    if num_steps < 2:
+        raise RunError(f"{run.name} has made {num_steps} steps: too few to tell what a step takes")
+    trained = [span for span in ledger.spans if span.kind in (PRODUCTIVE, "redoing")]
+    began = {span.attempt for span in trained}
+    starts = [span for span in ledger.spans if span.kind in _START and span.attempt in began]
+    in_background = [e for e in events["save_staged"] if e.get("reason") not in _TRAINING_WAITS]
+    commit_s = _mean(events["save_committed"])
+    drains_s = [span.seconds for span in ledger.spans if span.kind == "draining"]
+    ends = [span for span in ledger.spans[-1:] if span.kind == "saving"]
+    return Costs(
+        start_s=sum(span.seconds for span in starts) / len(began),
+        step_s=sum(span.seconds for span in trained) / num_steps,
+        stall_s=_mean(in_background),
+        commit_s=commit_s,
+        evaluation_s=_mean(events["evaluation_finished"]),
+        drain_s=max(0.0, statistics.fmean(drains_s) - commit_s) if drains_s else 0.0,
+        end_s=sum(span.seconds for span in ends),
+    )
+
+
+def policy_of(run: Run) -> Policy:
+    """What the run's config says; of ``checkpoint.interval_s: auto`` what it came to last.
+
+    Raises:
+        ConfigError, RunError: its config cannot be read.
+    """
+    config, events = run.config(), _rank_events(run)
+    interval_s = config.checkpoint.interval_s
+    if interval_s == "auto":
+        chosen = events["interval_chosen"]
+        interval_s = float(chosen[-1]["seconds"]) if chosen else None
+    evaluate_every = config.train.eval_every if events["evaluation_finished"] else None
+    return Policy(config.train.steps, interval_s, config.checkpoint.interval_steps, evaluate_every)
+
+
+def windows_of(ledger: Ledger, grace_s: float) -> list[Window]:
+    """The machine time that a run was given, attempt by attempt; without the last, which nobody took away.
+
+    Args:
+        ledger: the run's.
+        grace_s: what there is between a notice and the kill.
+    """
+    found: list[Window] = []
+    queued_s = 0.0
+    for number, group in itertools.groupby(ledger.spans, lambda span: span.attempt):
+        spans = list(group)
+        seconds = {kind: sum(s.seconds for s in spans if s.kind == kind) for kind in {s.kind for s in spans}}
+        dead_s = seconds.pop("failed", 0.0)
+        if number is None:
+            queued_s = seconds.get("queued", 0.0)
+            if found and dead_s:
+                last = found.pop()
+                found.append(Window(last.queued_s, last.seconds, last.grace_s, last.dead_s + dead_s))
+            continue
+        drained = "draining" in seconds
+        seconds.pop("draining", None)
+        found.append(Window(queued_s, sum(seconds.values()), grace_s if drained else 0.0, dead_s))
+        queued_s = 0.0
+    return found[:-1]
+
+
+def read_trace(path: Path) -> list[Window]:
+    """A trace file: JSON lines of ``Window``'s fields, all but ``seconds`` optional.
+
+    Raises:
+        ConfigError: a line is none; names file and line.
+    """
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if line.strip():
+            found.append(_window(line, f"{path}:{number}"))
+    return found
+
+
+def _window(line: str, where: str) -> Window:
+    wanted = 'wants {"seconds": 3600, "queued_s": 300, "grace_s": 120, "dead_s": 0}, all but seconds optional'
+    try:
+        fields = json.loads(line)
+    except ValueError:
+        raise ConfigError(f"{where}: not JSON; a trace {wanted}") from None
+    known = {"queued_s", "seconds", "grace_s", "dead_s"}
+    good = isinstance(fields, dict) and "seconds" in fields and fields.keys() <= known
+    if not good or not all(_is_duration(value) for value in fields.values()):
+        raise ConfigError(f"{where}: {line.strip()[:100]!r}; a trace {wanted}, none below 0")
+    return Window(**{"queued_s": 0.0, **fields})
+
+
+def _is_duration(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
+
+
+def _rank_events(run: Run) -> Mapping[str, list[dict[str, Any]]]:
+    """Rank 0's events over all attempts, by name; none of a name that did not occur."""
+    names = ("save_staged", "save_committed", "evaluation_finished", "interval_chosen")
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for attempt in run.attempts():
+        for event in read_journal(attempt.path / "events.rank0.jsonl"):
+            if event.get("event") in found and isinstance(event.get("seconds"), int | float):
+                found[str(event["event"])].append(event)
+    return found
+
+
+def _mean(events: Iterable[Mapping[str, Any]]) -> float:
+    seconds = [float(event["seconds"]) for event in events]
+    return statistics.fmean(seconds) if seconds else 0.0
