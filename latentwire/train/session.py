@@ -30,27 +30,22 @@ from typing import Any
 import torch
 
 from latentwire.checkpoint.reader import Loaded
-from latentwire.config import Config, parse_config
-from latentwire.errors import (
-    CheckpointError,
-    ConfigError,
-    LatentWireError,
-    RunBusy,
-    RunError,
-)
+from latentwire.config import Config
+from latentwire.errors import CheckpointError, LatentWireError, RunError
 from latentwire.preemption.deadline import Pace, deadline, step_fits
 from latentwire.preemption.handler import Preempted, PreemptionHandler
 from latentwire.run.budget import History
-from latentwire.run.directory import PREFIX, Attempt, Run, create_run
+from latentwire.run.directory import Attempt, Run
 from latentwire.run.journal import Journal
-from latentwire.target import SCRIPT
 from latentwire.train import data as data_module
 from latentwire.train import randomness, recovery
 from latentwire.train.feed import Data, Feeds
 from latentwire.train.order import derive_seed
 from latentwire.train.outlook import Outlook
+from latentwire.train.progress import Progress
 from latentwire.train.ranks import Ranks
 from latentwire.train.saving import REASONS, Saving
+from latentwire.train.script import Script
 from latentwire.train.share import Share
 from latentwire.train.state import Stateful, TrainingState
 
@@ -74,22 +69,10 @@ class Session:
     """
 
     def __init__(self, path: str | Path, seed: int = 0, **settings: Mapping[str, Any]) -> None:
-        path = Path(path).absolute()
-        name = path.name.removeprefix(PREFIX)
-        if not path.name.startswith(PREFIX):
-            raise ConfigError(f"{path.name}: a run's directory is named {PREFIX}<name>; try {PREFIX}{name}")
-        config = parse_config({"name": name, "seed": seed, "workload": {"target": SCRIPT}, **settings}, where=str(path))
-        run = create_run(config, path.parent)
-        running = run.running_attempt()
-        if running is not None:
-            raise RunBusy(f"{path} is in use by attempt {running.number}, {running.agent()}: wait for it, or end it")
-        attempt = run.claim_attempt(os.environ.get("SLURM_JOB_ID", str(os.getpid())), "script")
-        self._agent_journal: Journal | None = Journal(attempt.path / "events.agent.jsonl")
-        self._agent_journal.event("attempt_started", total_steps=None)
-        handler = PreemptionHandler(config.preemption.save_signal)
-        handler.install()
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._start(run, attempt, config, handler, Ranks(device=device), Journal(attempt.path / "events.rank0.jsonl"))
+        self._script: Script | None = (script := Script(Path(path).absolute(), seed, settings))
+        ranks = Ranks(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        journal = Journal(script.attempt.path / "events.rank0.jsonl")
+        self._start(script.run, script.attempt, script.config, script.handler, ranks, journal)
 
     @classmethod
     def attach(
@@ -97,7 +80,7 @@ class Session:
     ) -> Session:
         """The session of a rank that an agent started: attempt, handlers and journal are there already."""
         session = cls.__new__(cls)
-        session._agent_journal = None
+        session._script = None
         session._start(run, attempt, config, handler, ranks, journal)
         return session
 
@@ -113,9 +96,7 @@ class Session:
         """Completed optimizer steps."""
         self.frozen_digests: dict[str, str] = {}
         """SHA-256 of frozen models by name; set it before ``restore``."""
-        self.counters: dict[str, float] = {"samples": 0, "tokens": 0, "skipped_steps": 0}
-        """Totals over the whole run; saved and restored."""
-        self._counters_at_boundary = dict(self.counters)
+        self._progress = Progress(config.checkpoint)
         self.step_pace = Pace()
         self._handler = handler
         self._state = TrainingState()
@@ -127,9 +108,6 @@ class Session:
         self._outlook = Outlook(attempt, config, self.event)
         self._in_step = False
         self._told_notice = False
-        self._evaluated_step = 0
-        self._evaluation: dict[str, float] = {}
-        self._best: float | None = None
         self._step_started = 0.0
         self._clocks: dict[str, float] = {}
         self._record: dict[str, Any] = {}
@@ -364,6 +342,11 @@ class Session:
             self._clocks[name] = self._clocks.get(name, 0.0) + time.monotonic() - started
 
     @property
+    def counters(self) -> dict[str, float]:
+        """Totals over the whole run: samples, tokens, skipped steps; saved and restored."""
+        return self._progress.counters
+
+    @property
     def device(self) -> torch.device:
         """Where this rank computes, and where what it trains belongs."""
         return self.ranks.device
@@ -380,15 +363,12 @@ class Session:
         randomness.restore(self._state.apply(loaded))
         progress = loaded.values["progress"]
         self.step = int(loaded.values["step"])
-        self.counters |= progress["counters"]
-        self._evaluated_step = progress["evaluated_step"]
-        self._evaluation = progress["evaluation"]
-        self._best = progress["best"]
+        self._progress.resume(progress)
         self._feeds.resume(progress)
 
     def _begin_step(self) -> None:
         self.saving.remember_boundary()
-        self._counters_at_boundary = dict(self.counters)
+        self._progress.begin_step()
         self._in_step = True
         self._step_started = time.monotonic()
         self._outlook.step_begins()
@@ -410,20 +390,17 @@ class Session:
         self, total: int, evaluate: Callable[[], Mapping[str, float]] | None, every: int | None
     ) -> None:
         due = every is not None and self.step > 0 and (self.step % every == 0 or self.step == total)
-        if evaluate is None or not due or self._evaluated_step == self.step:
+        if evaluate is None or not due or self._progress.is_evaluated(self.step):
             return
         self.event("evaluation_started", step=self.step)
         started = time.monotonic()
         with randomness.isolated(derive_seed(self.config.seed, "evaluation")):
             metrics = {name: float(value) for name, value in evaluate().items()}
-        self._evaluated_step, self._evaluation = self.step, metrics
+        is_best = self._progress.evaluated(self.step, metrics)
         self.event("evaluation_finished", step=self.step, seconds=round(time.monotonic() - started, 4), **metrics)
         if self._metrics is not None:
             self._metrics.record(step=self.step, **metrics)
-        value = metrics.get(self.config.checkpoint.best_metric or "")
-        sign = 1 if self.config.checkpoint.best_mode == "min" else -1
-        if value is not None and math.isfinite(value) and (self._best is None or sign * value < sign * self._best):
-            self._best = value
+        if is_best:
             self.saving.new_best()
 
     def _act_at_boundary(self, last: bool) -> None:
@@ -439,20 +416,14 @@ class Session:
             self._leave(without_saving=bool(leave_now))
         if agreed and not saved:
             self._save(REASONS[int(agreed)])
-        elif agreed and self._evaluated_step == self.step and self.ranks.rank == 0:
-            saving.manager.add_metrics(self.step, self._evaluation)  # its commit came first: a notice cut in
+        elif agreed and self._progress.is_evaluated(self.step) and self.ranks.rank == 0:
+            # its commit came first: a notice cut in
+            saving.manager.add_metrics(self.step, self._progress.evaluation_of(self.step))
 
     def _save(self, reason: str) -> None:
-        progress = {
-            "counters": self._counters_at_boundary if self._in_step else self.counters,
-            "evaluated_step": self._evaluated_step,
-            "evaluation": self._evaluation,
-            "best": self._best,
-            **self._feeds.progress(self.step),
-        }
-        metrics = self._evaluation if self._evaluated_step == self.step else {}
+        values = {"step": self.step, "progress": self._progress.values(self._in_step) | self._feeds.progress(self.step)}
         with self.clock("save"):
-            self.saving.save(self.step, reason, {"step": self.step, "progress": progress}, metrics)
+            self.saving.save(self.step, reason, values, self._progress.evaluation_of(self.step))
 
     def _step_still_fits(self) -> bool:
         left = max(0.0, self.step_pace.p95 - self.seconds_in_step())
@@ -520,17 +491,5 @@ class Session:
             error = failed
             raise
         finally:
-            self._tell_the_end(error)
-
-    def _tell_the_end(self, error: BaseException | None) -> None:
-        if self._agent_journal is None:
-            return
-        if error is None:
-            self._agent_journal.event("attempt_ended", outcome="finished", step=self.step)
-        elif isinstance(error, Preempted):
-            why = {"error": error.error} if error.error is not None else {}
-            self._agent_journal.event("attempt_ended", outcome="preempted", step=error.step, **why)
-        else:
-            said = f"{type(error).__name__}: {error}"
-            self._agent_journal.event("attempt_ended", outcome="failed", cause="other", step=self.step, error=said)
-        self._handler.uninstall()
+            if self._script is not None:
+                self._script.end(error, self.step)
