@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from running import BIN, KILL, PATIENCE_S, TERM, events, make_run, run_agent, wait_for, wait_for_event, wait_for_steps
 
+import latentwire
 from latentwire.checklist.drill import final_digests
 from latentwire.run.atomic import write_text
 from latentwire.run.budget import verdict_of
@@ -172,6 +173,18 @@ def test_the_commands_run(tmp_path: Path) -> None:
         assert done.returncode == 0, f"$ {command}\n{done.stdout}{done.stderr}"
         assert done.stdout, command
         assert not done.stderr, command
+
+
+def test_the_stream_of_tokens_goes_on_at_an_offset(tmp_path: Path) -> None:
+    (source,) = blocks("tokens", "python")
+    known: dict[str, type] = {}
+    exec(source, {"latentwire": latentwire}, known)
+    (tmp_path / "a.jsonl").write_text('{"text": "one two"}\n{"text": "three"}\n')
+    tokens = known["Tokens"]([tmp_path / "a.jsonl"], str.split)
+    (shard,) = tokens.shards
+    whole = list(tokens.read(shard, 0))
+    assert [words for words, _ in whole] == [["one", "two"], ["three"]]
+    assert list(tokens.read(shard, whole[0][1])) == whole[1:]
 
 
 def test_the_loop_for_several_gpus_has_the_bits_of_one_rank(tmp_path: Path) -> None:
