@@ -68,6 +68,14 @@ def reduction_is_cheap(code: int, output: str) -> Judgement:
     return float(found["ours, exact"]) < 3, f"{found['ours, exact']} % of a step against DDP"
 
 
+def simulator_is_close(code: int, output: str) -> Judgement:
+    """Goodput foretold against measured, of the same drill."""
+    found = re.search(r"^goodput measured .*: ([+-][\d.]+) % off$", output, re.MULTILINE)
+    if code or found is None:
+        return False, "it did not run to its end"
+    return abs(float(found[1])) <= 5, found[0]
+
+
 def kills_pass(code: int, output: str) -> Judgement:
     """The kill tests passed; the figure is the number of kills that they printed."""
     passed, summary = tests_pass(code, output)
@@ -284,6 +292,18 @@ ITEMS = (
         "A stream goes on at the exact byte, also on another number of ranks; in an epoch no file is read twice",
         _pytest("tests/unit/test_lanes.py", "tests/unit/test_jsonl.py", "tests/train/test_stream.py"),
         tests_pass,
+    ),
+    Item(
+        "goodput",
+        "Every millisecond of a run is in one class, whatever happened to it: the sum is the wall clock",
+        _pytest("tests/unit/test_goodput.py", "tests/train/test_life.py", "tests/train/test_failures.py"),
+        tests_pass,
+    ),
+    Item(
+        "simulator",
+        "The simulator foretells the goodput of a drill to 5 %, by the costs of the undisturbed run",
+        (sys.executable, "benchmarks/simulator.py"),
+        simulator_is_close,
     ),
     Item(
         "orchestrator",
