@@ -16,12 +16,15 @@ from latentwire.errors import TrainingDiverged
 from latentwire.run.atomic import write_json
 from latentwire.train import randomness
 from latentwire.train.feed import num_samples
-from latentwire.train.memory import Fullness, find_micro_batch, peak_bytes, reset
+from latentwire.train.memory import Fullness, allocator_figures, find_micro_batch, peak_bytes, reset
 from latentwire.train.order import derive_seed
 from latentwire.train.precision import compute_dtype
 from latentwire.train.rehearsal import heaviest, unchanged
 from latentwire.train.session import Session
 from latentwire.workloads.base import BuildContext, StepReport, Workload
+
+_MEMORY_EVERY_STEPS = 20
+"""Fragmentation grows slowly: its figures need not be read in every step."""
 
 
 def train(session: Session, workload: Workload, placement: Placement) -> None:
@@ -174,12 +177,14 @@ class Training:
 
     def _log(self, losses: dict[str, float], norm: float, lr: float) -> None:
         seconds = max(self.session.seconds_in_step(), 1e-9)
+        is_due = self.session.step % _MEMORY_EVERY_STEPS == 0
         self.session.log(
             **losses,
             lr=lr,
             grad_norm=norm,
             samples_per_s=self._samples / seconds,
             tokens_per_s=self._tokens / seconds,
+            **(allocator_figures(self.devices) if is_due else {}),
         )
 
     # --- memory -------------------------------------------------------------------------------------------------------

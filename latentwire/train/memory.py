@@ -37,6 +37,20 @@ def reset(device: torch.device) -> None:
     torch.cuda.reset_peak_memory_stats(device)
 
 
+def allocator_figures(devices: Sequence[torch.device]) -> dict[str, float]:
+    """What torch's allocator took from these GPUs and what of it was ever in use, for a step's line. Waits for nothing.
+
+    Nothing on a CPU. A peak is that of the attempt; a retry gave all that was free back to take it anew.
+    """
+    of_gpus = [torch.cuda.memory_stats(device) for device in devices if device.type == "cuda"]
+    names = {
+        "memory_reserved_peak_bytes": "reserved_bytes.all.peak",
+        "memory_allocated_peak_bytes": "allocated_bytes.all.peak",
+        "memory_retries": "num_alloc_retries",
+    }
+    return {name: sum(stats.get(key, 0) for stats in of_gpus) for name, key in names.items()} if of_gpus else {}
+
+
 class Fullness:
     """How full passes make a rank's GPUs, over what a plan may fill.
 

@@ -68,6 +68,8 @@ class Reduction:
         self._device = members[0].device
         self._buckets = [_Bucket(some, exchange) for some in _divide(members, bucket_bytes)]
         self._launched = 0
+        self.exchange_s: float | None = None
+        """What the GPU waited for other ranks and the exchange in the last ``finish``; None on a CPU or one rank."""
         self._fired: list[Counter[torch.nn.Parameter]] = []  # of each backward pass: how often autograd added to each
         self._usual: list[Counter[torch.nn.Parameter]] = []
         self._now: int | None = None
@@ -101,6 +103,7 @@ class Reduction:
 
     def finish(self) -> None:
         """Exchange what is not under way yet and leave the total in ``.grad``. Collective; every rank."""
+        computed = self._mark()
         self._launch(len(self._buckets))
         for bucket in self._buckets:
             bucket.add_up()
@@ -108,7 +111,18 @@ class Reduction:
             bucket.give_back()
         self._launched = 0
         self._now, self._fired = None, []
+        exchanged = self._mark()
         self._ranks.wait_for_gpu(self._device)
+        if computed is not None and exchanged is not None:
+            self.exchange_s = computed.elapsed_time(exchanged) / 1000
+
+    def _mark(self) -> torch.cuda.Event | None:
+        """A moment of the GPU's own time. The host runs ahead: by its clock, computing and waiting are the same."""
+        if self._device.type != "cuda" or self._ranks.world_size == 1:
+            return None
+        mark = torch.cuda.Event(enable_timing=True)
+        mark.record(torch.cuda.current_stream(self._device))
+        return mark
 
     def _on_gradient(self, parameter: torch.nn.Parameter) -> None:
         """Autograd has finished one parameter's gradient in this backward pass."""

@@ -88,6 +88,8 @@ class Share:
             raise RunError("reduce() comes once in a step, after going over the share")
         with self._session.clock("reduction"):
             self._reduction.finish()
+        if self._reduction.exchange_s is not None:
+            self._session.log(exchange_s=self._reduction.exchange_s)
         self._is_reduced = True
         self._session.counters["samples"] += self.num_micro_batches * self.feed.micro_batch
 

@@ -1,0 +1,62 @@
+"""``latentwire diagnose``: what keeps a run from being faster, and the one thing to change."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from latentwire.cli import DEFAULT_RUNS_DIR
+from latentwire.cli.arguments import AttemptOption, RunArgument, RunsDirOption, find_attempt
+from latentwire.cli.text import one_line
+from latentwire.errors import LatentWireError
+
+if TYPE_CHECKING:
+    from latentwire.run.directory import Attempt, Run
+
+
+def diagnose(
+    run: RunArgument,
+    attempt: AttemptOption = None,
+    json: Annotated[bool, typer.Option("--json", help="A JSON list, gravest first.")] = False,
+    runs_dir: RunsDirOption = DEFAULT_RUNS_DIR,
+) -> None:
+    """Show what costs a run time, gravest first: the figures, and what to change. Reads the newest attempt's files."""
+    from dataclasses import asdict
+    from json import dumps
+
+    from latentwire.monitor.diagnose import diagnose as diagnose_records
+    from latentwire.run.directory import open_run
+    from latentwire.run.journal import read_journal
+
+    opened = open_run(run, runs_dir)
+    chosen = find_attempt(opened, attempt)
+    found = diagnose_records(_samples(chosen), read_journal(chosen.path / "metrics.jsonl"))
+    if json:
+        print(dumps([{"attempt": chosen.number, **asdict(finding)} for finding in found], indent=1))
+        return
+    for finding in found:
+        cost = f" ({finding.share:.0%})" if finding.share else ""
+        print(one_line(f"{finding.verdict}{cost}: {finding.evidence}"))
+        if finding.change is not None:
+            print(one_line(f"  change {finding.change}{_present(opened, finding.change)}: {finding.advice}"))
+
+
+def _samples(attempt: Attempt) -> list[dict[str, Any]]:
+    """Of all nodes."""
+    from latentwire.run.journal import read_journal
+
+    return [sample for path in sorted(attempt.path.glob("gpu_stats*.jsonl")) for sample in read_journal(path)]
+
+
+def _present(run: Run, key: str) -> str:
+    """What the key says now, in brackets; nothing where the config has no such key, or cannot be read."""
+    try:
+        value: Any = run.config().model_dump(mode="json")
+    except LatentWireError:
+        return ""
+    for name in key.split("."):
+        if not isinstance(value, dict) or name not in value:
+            return ""
+        value = value[name]
+    return f" (now {'nothing' if value is None else value})"
