@@ -31,6 +31,7 @@ RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Percent = Annotated[float, Field(ge=0, le=100)]
 
 
 class Section(pydantic.BaseModel):
@@ -188,6 +189,50 @@ class MonitorSection(Section):
     interval_s: Annotated[float, Field(gt=0)] = 1.0
 
 
+class AlertsSection(Section):
+    """When a running attempt calls for a person, and how that person hears of it. ``null`` turns a rule off."""
+
+    gpu_utilisation_percent: Percent | None = 75.0
+    """The GPUs that work are busy for less of the time, as a mean."""
+    gpu_memory_percent: Percent | None = 85.0
+    """The fullest GPU is fuller."""
+    temperature_c: Annotated[float, Field(gt=0)] | None = 85.0
+    """The hottest GPU is hotter."""
+    for_s: Annotated[float, Field(ge=0)] = 300.0
+    """So long one of these three must hold without a break, and be gone without a break."""
+    error_percent: Percent | None = 1.0
+    """More of the last 1000 steps were skipped, or of the last 5 saves failed."""
+    disk_free_percent: Percent | None = 5.0
+    """Less of the run's disk is free."""
+    checkpoint_age_s: Annotated[float, Field(gt=0)] | Literal["auto"] | None = "auto"
+    """No checkpoint was verified for longer. ``auto``: three times checkpoint.interval_s, but 900 s at least."""
+    no_progress_s: Annotated[float, Field(gt=0)] | None = 900.0
+    """No step for longer."""
+    grace: bool = True
+    """A notice would not fit into the grace."""
+    loss_spike: Annotated[float, Field(gt=0)] | None = 8.0
+    """The median of the last 5 losses is so many spreads (of the 100 before, as sigmas) above the median of these."""
+    webhook: str | None = None
+    """Alerts are posted here as JSON: ``https://...``, or ``$NAME`` of an environment variable that holds the URL: this
+    file is written to the run's directory, and a URL may be a secret."""
+    command: tuple[str, ...] | None = None
+    """Run for every alert, without a shell, with the same JSON on its standard input."""
+
+    @pydantic.field_validator("webhook")
+    @classmethod
+    def _no_secret_in_it(cls, webhook: str | None) -> str | None:
+        if webhook is not None and not re.fullmatch(r"https?://[^\s@]+|\$[A-Za-z_][A-Za-z0-9_]*", webhook):
+            raise ValueError("give an http(s) URL without a password, or $NAME of a variable that holds one")
+        return webhook
+
+    @pydantic.field_validator("command")
+    @classmethod
+    def _has_a_program(cls, command: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if command is not None and not (command and command[0]):
+            raise ValueError("name a program, as in [notify-me, --urgent], or leave it out")
+        return command
+
+
 class RetrySection(Section):
     """How often a run is started again, by cause. Progress resets every count; preemptions never count."""
 
@@ -298,6 +343,7 @@ class Config(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     preemption: PreemptionSection = PreemptionSection()
     monitor: MonitorSection = MonitorSection()
+    alerts: AlertsSection = AlertsSection()
     retry: RetrySection = RetrySection()
     elastic: ElasticSection = ElasticSection()
     scheduler: SchedulerSection = SchedulerSection()

@@ -131,17 +131,22 @@ def last_record(path: Path, key: str = "time") -> dict[str, Any] | None:
 class Follower:
     """Reads what was appended to a file since the last call; a file that does not exist yet has nothing.
 
-    Only whole lines are returned: the half line at the end is read again next time.
+    Only whole lines are returned: the half line at the end is read again next time. A file that was put in the place of
+    another is read from its start.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._offset = 0
+        self._inode: int | None = None
 
     def read(self) -> list[dict[str, Any]]:
         """New whole records since the last call. Does not block."""
         try:
             with open(self.path, "rb") as file:
+                inode = os.fstat(file.fileno()).st_ino
+                if inode != self._inode:
+                    self._inode, self._offset = inode, 0
                 file.seek(self._offset)
                 data = file.read()
         except (FileNotFoundError, NotADirectoryError):

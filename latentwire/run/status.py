@@ -169,6 +169,7 @@ class _Facts:
         self.alarm: str | None = None
         self.hang: str | None = None
         self.forecast: dict[str, Any] = {}
+        self.alerts: dict[str, str] = {}
 
     def take(self, attempt: Attempt) -> None:
         for event in attempt.events():
@@ -189,8 +190,13 @@ class _Facts:
             self.last_step_at = _number(event.get("time"))
             self.forecast = {}
             self.hang = None
+            self.alerts = {}
         elif name == "forecast":
             self.forecast = event
+        elif name == "alert" and event.get("alert") != "grace":  # which has its place beside the forecast
+            self.alerts[str(event.get("alert"))] = str(event.get("text"))
+        elif name == "alert_over":
+            self.alerts.pop(str(event.get("alert")), None)
         elif name in ("hang", "hang_over"):
             self.hang = tell_hang(event) if name == "hang" else None
         if name in ("attempt_started", "training_started") and event.get("total_steps") is not None:
@@ -223,7 +229,7 @@ def _state(run: Run, alive: bool, outcomes: list[str], facts: _Facts, now: float
         stalled = facts.last_step_at is not None and now - facts.last_step_at > STALLED_S
         if stalled:
             return "STALLED", facts.hang or f"no step for {now - (facts.last_step_at or now):.0f} s"
-        return "RUNNING", facts.hang
+        return "RUNNING", facts.hang or "; ".join(facts.alerts.values()) or None
     last = outcomes[-1] if outcomes else None
     if last == "finished":
         return "DONE", None

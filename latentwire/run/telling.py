@@ -41,6 +41,9 @@ _WORDS: dict[str, Callable[[Event], str | None]] = {
     "environment_changed": lambda e: f"WARNING environment changed, {e.get('note')}: {'; '.join(e.get('changes', []))}",
     "hang": lambda e: f"WARNING {tell_hang(e)}",
     "hang_over": lambda e: f"{_ranks(e.get('ranks', []))} came after {_figure(e.get('waited_s'))} s",
+    "alert": lambda e: f"WARNING {e.get('text')}",
+    "alert_over": lambda e: f"alert over ({e.get('alert')}): {e.get('text')}",
+    "alert_not_sent": lambda e: f"WARNING no alert reaches the {e.get('sink')}: {e.get('error')}",
     "micro_batch_halved": lambda e: (
         f"WARNING micro-batch {e.get('to')} instead of {e.get('from')} after running out of memory: {e.get('note')}"
     ),

@@ -28,6 +28,7 @@ _LOOK_S, _LOOK_AT_MANY_S = 0.5, 5.0
 _FOLD_S, _FOLD_MANY_S = 0.5, 10.0
 _ASK_S, _ASK_EAGERLY_S, _EAGER_FOR_S = 10.0, 1.0, 20.0
 _RENEW_S = 60.0
+_ALERTS_WITHIN_S = 5.0
 _TURNING_POINTS = {"submitted", "attempt_ended", "requeue"}
 """After these a job's state is about to change: Slurm is asked more often for a while, and otherwise left in peace."""
 
@@ -86,9 +87,10 @@ class Orchestrator:
             self.release()
 
     def release(self) -> None:
-        """Give all leases back."""
+        """Give all leases back; blocks for a few seconds where alerts are under way."""
+        until = time.monotonic() + _ALERTS_WITHIN_S
         for watched in self.watched:
-            watched.release()
+            watched.release(max(0.0, until - time.monotonic()))
 
     def _is_slurm(self, watched: Watched) -> bool:
         return self._kinds[watched.config.scheduler.kind] == "slurm"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
 from latentwire.errors import SchedulerError
+from latentwire.monitor.alerts import Alert
+from latentwire.monitor.sinks import Sinks
 from latentwire.run.budget import committed_step
 from latentwire.run.directory import Attempt, Run
 from latentwire.run.journal import Follower, Journal, last_record, read_journal, time_of
@@ -20,6 +23,8 @@ _LONGEST_PAUSE_S = 300.0
 _SUBMISSION_TAKES_S = 60.0
 _TOLD = ("events.agent.jsonl", "events.rank0.jsonl")
 _FILES = (*_TOLD, "metrics.jsonl")
+
+log = logging.getLogger("latentwire.orchestrate")
 
 
 class Watched:
@@ -45,6 +50,7 @@ class Watched:
         self.lease.acquire()
         self.config = run.config()
         self.journal = Journal(run.orchestrator_events)
+        self._sinks = Sinks(self.config.alerts, run, self._tell_not_sent)
         self.done = False
         self.retry_at = 0.0
         self.submitting: dict[str, Any] = {}
@@ -150,9 +156,10 @@ class Watched:
         return reason
 
     def give_up(self, reason: str) -> None:
-        """Submit it no more; the reason stays on disk."""
+        """Submit it no more; the reason stays on disk, and a person hears of it."""
         self.done = True
         self.journal.event("given_up", reason=reason)
+        self._sinks.send(Alert("failed", True, f"given up: {reason}"), self.run.newest_number())
 
     def put_off(self, error: SchedulerError, now: float) -> None:
         """A submission failed for a reason that may pass: try again after a pause that doubles."""
@@ -171,10 +178,15 @@ class Watched:
         self._num_failures = 0
         self.journal.event("submitted", job_id=job.job_id, scheduler=job.scheduler, number=job.number, **facts)
 
-    def release(self) -> None:
-        """Give the run back."""
+    def release(self, alerts_within_s: float) -> None:
+        """Give the run back; waits at most so long for an alert under way."""
+        self._sinks.close(alerts_within_s)
         self.journal.close()
         self.lease.release()
+
+    def _tell_not_sent(self, sink: str, reason: str) -> None:
+        """In the log alone: the last line of the run's journal says that it was given up."""
+        log.warning("%s: no alert reaches the %s: %s", self.run.name, sink, reason)
 
     def _own(self, name: str) -> list[dict[str, Any]]:
         return [r for r in read_journal(self.run.orchestrator_events) if r.get("event") == name]

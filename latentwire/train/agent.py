@@ -26,6 +26,7 @@ from latentwire.run.budget import Verdict, next_move, num_halvings, verdict_of
 from latentwire.run.directory import Attempt, Run
 from latentwire.run.journal import Journal
 from latentwire.run.rollup import summarise_metrics
+from latentwire.train.alerting import AlertWatch
 from latentwire.train.allocation import Allocation
 from latentwire.train.node import ONE_NODE, NodeProcesses, Rendezvous, take_inventory, write_environment
 from latentwire.train.verdicts import RankEnd, judge, said_by_ranks
@@ -112,6 +113,7 @@ class _Supervision:
         self.run, self.config, self.allocation = agent.run, agent.config, agent.allocation
         self.journal = Journal(attempt.path / "events.agent.jsonl")
         self.processes = NodeProcesses(attempt, self.config, self.allocation, agent.handler, self.journal)
+        self._alerts = AlertWatch(attempt, self.config, self.journal, self.allocation.num_nodes)
         self._elsewhere: dict[int, int] = {}
         self._next_look = self._next_fence = 0.0
         self._all_come_by = time.monotonic() + _FOLLOWERS_COME_WITHIN_S
@@ -130,6 +132,7 @@ class _Supervision:
             verdict = Verdict("failed", "user" if isinstance(error, ConfigError) else "other", error=str(error))
         finally:
             self.processes.end()
+            self._alerts.close(at_once=self.agent.handler.notice is not None)
         if verdict.outcome != "finished" and not self.attempt.is_newest():  # what happened here calls for nothing more
             verdict = _SUPERSEDED
         if self.run.cancel_path.exists() and verdict.outcome in ("preempted", "failed", "lost"):
@@ -232,6 +235,8 @@ class _Supervision:
             if (hang := hangs.look()) is not None:
                 return Verdict("failed", "network", error=hang)
             self.processes.pass_signals_on()
+            if self.agent.handler.notice is None:
+                self._alerts.look()
             time.sleep(_POLL_S)
 
     def _has_failed_elsewhere(self) -> bool:

@@ -1,0 +1,196 @@
+"""Where alerts go: a webhook, a command. Nothing waits for either, but the end of an attempt for a few seconds.
+
+A message is one JSON object: ``state`` (``raised`` or ``over``), ``alert``, ``text``, ``value``, ``threshold``,
+``time``, ``run``, ``attempt``, ``host``, ``directory``. It is posted as it is, or given to the command on its standard
+input. A sink that fails is told of once and goes on being tried with every further message.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import re
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from latentwire.monitor.alerts import Alert
+from latentwire.run.atomic import json_safe
+from latentwire.run.process import node_name
+
+if TYPE_CHECKING:
+    from latentwire.config import AlertsSection
+    from latentwire.run.directory import Run
+
+ANSWER_WITHIN_S = 5.0
+"""A webhook has so long for each try."""
+NUM_TRIES = 3
+PAUSE_S = 1.0
+"""Before the second try; doubles."""
+COMMAND_WITHIN_S = 10.0
+"""Then the command is killed."""
+_MOST_WAITING = 100
+
+Deliver = Callable[[bytes], None]
+
+
+class NotSent(Exception):
+    """A message did not get through; says why, and nothing of a URL."""
+
+
+class Sinks:
+    """Delivers messages in the order in which they come, in a daemon thread that begins with the first one.
+
+    Args:
+        settings: the config's ``alerts``.
+        run: whose alerts they are.
+        failed: called once for each sink that fails, with its name and the reason; from the thread, or in ``close``.
+        environ: where ``webhook: $NAME`` is looked up, when there is something to send.
+    """
+
+    def __init__(
+        self,
+        settings: AlertsSection,
+        run: Run,
+        failed: Callable[[str, str], None],
+        environ: Mapping[str, str] = os.environ,
+    ) -> None:
+        self._run = run
+        self._sinks = dict(_sinks(settings, environ))
+        self._failed = failed
+        self._told: set[str] = set()
+        self._waiting: queue.Queue[bytes] = queue.Queue(_MOST_WAITING)
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._is_closed = False
+
+    def send(self, alert: Alert, attempt: int) -> None:
+        """Deliver an alert to all sinks. Does not block; where a hundred wait already, this one is not sent.
+
+        Args:
+            alert: what has changed.
+            attempt: number of the newest.
+        """
+        if not self._sinks:
+            return
+        message = {"state": "raised" if alert.is_raised else "over", **alert.fields(), "time": time.time()}
+        message |= {"run": self._run.name, "attempt": attempt, "host": node_name(), "directory": str(self._run.path)}
+        data = json.dumps(json_safe(message), allow_nan=False).encode()
+        try:
+            self._waiting.put_nowait(data)
+        except queue.Full:
+            self._tell_all(f"{_MOST_WAITING} messages wait already")
+            return
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._deliver_all, name="alerts", daemon=True)
+            self._thread.start()
+
+    def close(self, within_s: float) -> None:
+        """Wait for what is under way, at most so long; what is still to be sent then is told of, and never sent."""
+        deadline = time.monotonic() + within_s
+        while self._waiting.unfinished_tasks and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if self._waiting.unfinished_tasks:
+            self._tell_all("it had not answered when this process had to end")
+        with self._lock:
+            self._is_closed = True  # from here on the thread says nothing more
+
+    def _deliver_all(self) -> None:
+        while True:
+            data = self._waiting.get()
+            for name, deliver in self._sinks.items():
+                try:
+                    deliver(data)
+                except NotSent as error:
+                    self._tell(name, str(error))
+            self._waiting.task_done()
+
+    def _tell_all(self, reason: str) -> None:
+        for name in self._sinks:
+            self._tell(name, reason)
+
+    def _tell(self, name: str, reason: str) -> None:
+        with self._lock:
+            if name in self._told or self._is_closed:
+                return
+            self._told.add(name)
+            self._failed(name, reason)
+
+
+def _sinks(settings: AlertsSection, environ: Mapping[str, str]) -> Iterator[tuple[str, Deliver]]:
+    webhook, command = settings.webhook, settings.command
+    if webhook is not None:
+        yield "webhook", lambda data: _post(_url(webhook, environ), data)
+    if command is not None:
+        yield "command", lambda data: _run(command, data)
+
+
+def _url(webhook: str, environ: Mapping[str, str]) -> str:
+    if not webhook.startswith("$"):
+        return webhook
+    url = environ.get(webhook[1:], "")
+    if not re.fullmatch(r"https?://\S+", url):
+        raise NotSent(f"the environment variable {webhook[1:]} holds no http(s) URL in this process")
+    return url
+
+
+def _post(url: str, data: bytes) -> None:
+    """One POST, tried again where that may help. Never says the URL: whoever has it may post too."""
+    for number in range(NUM_TRIES):
+        reason, may_pass = _try_to_post(url, data)
+        if reason is None:
+            return
+        if not may_pass:
+            break
+        if number < NUM_TRIES - 1:
+            time.sleep(PAUSE_S * 2**number)
+    raise NotSent(reason)
+
+
+def _try_to_post(url: str, data: bytes) -> tuple[str | None, bool]:
+    """Why it failed, None where it did not, and whether it may go well another time."""
+    import http.client  # with ssl they take longer to load than the agent takes to start
+    import urllib.error
+    import urllib.request
+
+    class NoRedirects(urllib.request.HTTPRedirectHandler):
+        """Following one would turn the POST into a GET."""
+
+        def redirect_request(self, *_: Any, **__: Any) -> None:
+            return None
+
+    headers = {"Content-Type": "application/json", "User-Agent": "latentwire"}
+    try:
+        request = urllib.request.Request(url, data, headers, method="POST")
+        with urllib.request.build_opener(NoRedirects).open(request, timeout=ANSWER_WITHIN_S):
+            return None, False
+    except urllib.error.HTTPError as error:
+        error.close()
+        return f"it answered with HTTP {error.code}", error.code >= 500 or error.code == 429
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        cause = error.reason if isinstance(error, urllib.error.URLError) else error
+        words = cause.strerror if isinstance(cause, OSError) and cause.strerror else type(cause).__name__
+        return f"no connection: {words}", not isinstance(cause, ValueError)
+
+
+def _run(command: Sequence[str], data: bytes) -> None:
+    try:
+        ended = subprocess.run(
+            command,
+            input=data,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            timeout=COMMAND_WITHIN_S,
+            start_new_session=True,  # a signal to the job is not meant for it
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise NotSent(f"it took more than {COMMAND_WITHIN_S:g} s and was killed") from None
+    except OSError as error:
+        raise NotSent(f"{command[0]}: {error.strerror}") from None
+    if ended.returncode:
+        last = ended.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        raise NotSent(": ".join([f"it ended with {ended.returncode}", *last])[:300])
