@@ -7,6 +7,7 @@ input. A sink that fails is told of once and goes on being tried with every furt
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -62,7 +63,7 @@ class Sinks:
         self._sinks = dict(_sinks(settings, environ))
         self._failed = failed
         self._told: set[str] = set()
-        self._waiting: queue.Queue[bytes] = queue.Queue(_MOST_WAITING)
+        self._waiting: queue.Queue[bytes | None] = queue.Queue(_MOST_WAITING)
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
         self._is_closed = False
@@ -97,10 +98,11 @@ class Sinks:
             self._tell_all("it had not answered when this process had to end")
         with self._lock:
             self._is_closed = True  # from here on the thread says nothing more
+        with contextlib.suppress(queue.Full):
+            self._waiting.put_nowait(None)
 
     def _deliver_all(self) -> None:
-        while True:
-            data = self._waiting.get()
+        while (data := self._waiting.get()) is not None and not self._is_closed:
             for name, deliver in self._sinks.items():
                 try:
                     deliver(data)

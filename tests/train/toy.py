@@ -50,6 +50,8 @@ class Options(pydantic.BaseModel):
     """Keep running statistics and the number of samples in buffers. Every rank has its own, so off for several."""
     pause_s: float = pydantic.Field(default=0.0, ge=0)
     """Sleep so long in every micro-batch."""
+    sample_pause_s: float = pydantic.Field(default=0.0, ge=0)
+    """Sleep so long over every training sample."""
     no_data: bool = False
     num_shards: int = 0
     """Train from a stream of so many files, which are made in the run's directory."""
@@ -61,8 +63,10 @@ class Options(pydantic.BaseModel):
 class Points(Sequence[Any]):
     """Noisy samples of a plane; what is added to a training sample is drawn anew in each epoch."""
 
-    def __init__(self, num_samples: int, noisy: bool) -> None:
+    def __init__(self, num_samples: int, noisy: bool, pause_s: float = 0.0) -> None:
         import torch
+
+        self._pause_s = pause_s
 
         self._inputs = torch.randn(num_samples, 8, generator=torch.Generator().manual_seed(num_samples))
         self._noisy = noisy
@@ -74,6 +78,7 @@ class Points(Sequence[Any]):
         import numpy
         import torch
 
+        time.sleep(self._pause_s)
         clean = self._inputs[index]
         noise = torch.randn(8) * random.random() * float(numpy.random.rand()) if self._noisy else torch.zeros(8)
         return clean + noise, clean.sum(dim=0, keepdim=True)
@@ -129,7 +134,9 @@ class Toy:
             self.model.register_buffer("num_seen", torch.zeros((), dtype=torch.int64))
             self.model.register_buffer("running_mean", torch.zeros(8))
         shards = self.options.num_shards
-        self._points = Lines(context.run_path / "shards", shards) if shards else Points(101, noisy=True)
+        self._points = (
+            Lines(context.run_path / "shards", shards) if shards else Points(101, True, self.options.sample_pause_s)
+        )
         self._held_out = Points(16, noisy=False)
         self._shift = len(os.listdir(context.run_path / "attempts")) * 0.01 if self.options.depends_on_attempt else 0.0
 

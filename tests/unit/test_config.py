@@ -407,3 +407,22 @@ def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match="'train' stands twice"):
         load_config(path)
+
+
+@pytest.mark.parametrize(
+    "webhook", ["https://ada:secret@hooks.example/x", "$A B", "hooks.example", "file:///etc/passwd"]
+)
+def test_a_webhook_is_a_url_without_a_password_or_a_variable(webhook: str) -> None:
+    tree = {"name": "a", "workload": {"target": "json:JSONDecoder"}, "alerts": {"webhook": webhook}}
+    with pytest.raises(ConfigError, match=r"alerts.webhook: give an http\(s\) URL without a password, or \$NAME"):
+        parse_config(tree, "here")
+
+
+def test_alerts_are_operational_and_survive_the_run_directory() -> None:
+    tree = {"name": "a", "workload": {"target": "json:JSONDecoder"}}
+    alerts = {"webhook": "$HOOK", "command": ["notify", "--now"], "temperature_c": None, "checkpoint_age_s": 60}
+    changed = parse_config({**tree, "alerts": alerts}, "here")
+    assert changed.digest() == parse_config(tree, "here").digest()
+    assert parse_config(yaml.safe_load(changed.to_yaml()), "here") == changed
+    with pytest.raises(ConfigError, match="name a program"):
+        parse_config({**tree, "alerts": {"command": []}}, "here")

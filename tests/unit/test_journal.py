@@ -158,3 +158,14 @@ def test_a_full_disk_delays_events_and_drops_records_and_says_so(small_disk: Pat
     [loss] = [event for event in events if event["event"] == "records_lost"]
     assert loss["num_records"] + len(records) == 201
     assert "No space left" in loss["reason"] or "part of a line" in loss["reason"]
+
+
+def test_a_follower_reads_a_file_that_took_the_place_of_another_from_its_start(tmp_path: Path) -> None:
+    path = tmp_path / "stats.jsonl"
+    path.write_text('{"time": 1}\n{"time": 2}\n')
+    follower = Follower(path)
+    assert [record["time"] for record in follower.read()] == [1, 2]
+    path.rename(tmp_path / "old.jsonl")
+    assert follower.read() == []
+    path.write_text('{"time": 3}\n')
+    assert [record["time"] for record in follower.read()] == [3]

@@ -224,3 +224,19 @@ def test_lines_of_another_type_do_not_upset_the_status(run: Run, line: str) -> N
     for name in ("metrics.jsonl", "events.rank0.jsonl", "events.agent.jsonl"):
         (attempt.path / name).write_text(line + "\n", encoding="utf-8")
     assert run_status(run).step == 0
+
+
+def test_the_alerts_of_a_running_attempt_are_its_reason_until_they_are_over(run: Run) -> None:
+    attempt = with_agent(run.claim_attempt("1", "local"), ProcessIdentity.of())
+    tell(attempt, "agent", "attempt_started", NOW)
+    tell(attempt, "agent", "alert", NOW, alert="temperature", text="the GPU is hot")
+    tell(attempt, "agent", "alert", NOW, alert="disk_space", text="the disk is full")
+    assert state_of(run) == ("RUNNING", "the GPU is hot; the disk is full")
+    tell(attempt, "agent", "alert_over", NOW + 1, alert="temperature", text="the GPU is cool")
+    assert state_of(run) == ("RUNNING", "the disk is full")
+    tell(attempt, "agent", "alert", NOW + 1, alert="grace", text="a notice saves nothing")
+    assert state_of(run) == ("RUNNING", "the disk is full"), "the forecast says that in its own place"
+    tell(attempt, "agent", "attempt_ended", NOW + 2, outcome="preempted")
+    assert state_of(run)[0] == "PREEMPTED"
+    tell(with_agent(run.claim_attempt("2", "local"), ProcessIdentity.of()), "agent", "attempt_started", NOW + 3)
+    assert state_of(run) == ("RUNNING", None)
