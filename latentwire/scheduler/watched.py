@@ -178,7 +178,7 @@ class Watched:
         self._num_failures = 0
         self.journal.event("submitted", job_id=job.job_id, scheduler=job.scheduler, number=job.number, **facts)
 
-    def release(self, alerts_within_s: float) -> None:
+    def release(self, alerts_within_s: float = 0.0) -> None:
         """Give the run back; waits at most so long for an alert under way."""
         self._sinks.close(alerts_within_s)
         self.journal.close()
