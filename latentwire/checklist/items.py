@@ -300,6 +300,18 @@ ITEMS = (
         tests_pass,
     ),
     Item(
+        "diagnosis",
+        "Each of nine causes of a slow run is found in a trace made for it, and no other; a healthy run has none",
+        _pytest("tests/unit/test_diagnose.py"),
+        tests_pass,
+    ),
+    Item(
+        "alerts",
+        "A run that stands still, diverges or is given up is told of to a real webhook; a preempted one is not",
+        _pytest("tests/unit/test_alerts.py", "tests/unit/test_sinks.py", "tests/train/test_alerts.py"),
+        tests_pass,
+    ),
+    Item(
         "simulator",
         "The simulator foretells the goodput of a drill to 5 %, by the costs of the undisturbed run",
         (sys.executable, "benchmarks/simulator.py"),

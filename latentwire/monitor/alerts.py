@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from latentwire.monitor.readings import Record
+from latentwire.monitor.figures import Record
 from latentwire.monitor.vitals import Vitals
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
-from latentwire.monitor.readings import Record, figure_of, gpus_of, host_of, percent
+from latentwire.monitor.figures import Record, figure_of, gpus_of, host_of, percent
 
 DATA_BOUND = COMMUNICATION_BOUND = 0.10
 """Of the time: more than so much of it waiting is worth a change."""
@@ -25,7 +25,10 @@ IDLE_SM_PERCENT = 50.0
 """Under this many SMs are empty while kernels run."""
 ROOMY_PERCENT = 60.0
 """Of a GPU's memory: under this there is room for more samples at a time."""
-BUSY_MEMORY_PERCENT = 60.0
+FULL_BANDWIDTH_PERCENT = 60.0
+"""Of the data sheet's, which no kernel reaches."""
+BUSY_MEMORY_PERCENT = 80.0
+"""Of the time, where the chip does not tell its bandwidth: any access counts as busy, however small."""
 BUSY_TENSOR_PERCENT = 30.0
 THROTTLED = 0.10
 FRAGMENTED = 0.20
@@ -219,7 +222,7 @@ def _too_small_batch(figures: _Figures) -> Finding | None:
     busy, active, full = figures.mean("utilisation_percent"), figures.mean("sm_active_percent"), figures.memory_percent
     if busy is None or active is None or full is None:
         return None
-    if busy < BUSY_PERCENT or active >= IDLE_SM_PERCENT or full >= ROOMY_PERCENT or _is_memory_busy(figures):
+    if busy < BUSY_PERCENT or active >= IDLE_SM_PERCENT or full >= ROOMY_PERCENT or _memory_traffic(figures):
         return None
     evidence = (
         f"kernels run for {busy:.0f} % of the time and fill {active:.0f} % of the SMs; memory is {full:.0f} % full"
@@ -229,11 +232,12 @@ def _too_small_batch(figures: _Figures) -> Finding | None:
 
 
 def _memory_bound(figures: _Figures) -> Finding | None:
-    memory, tensor = figures.mean("memory_busy_percent"), figures.mean("tensor_active_percent")
-    if memory is None or tensor is None or not _is_memory_busy(figures) or tensor >= BUSY_TENSOR_PERCENT:
+    memory, tensor = _memory_traffic(figures), figures.mean("tensor_active_percent")
+    if memory is None or tensor is None or tensor >= BUSY_TENSOR_PERCENT:
         return None
-    evidence = f"the GPUs' memory is busy for {memory:.0f} % of the time, their tensor cores for {tensor:.0f} %"
-    share = (memory - tensor) / 100
+    percent_of, words = memory
+    evidence = f"{words}, and the tensor cores work for {tensor:.0f} % of the time"
+    share = (percent_of - tensor) / 100
     if tensor < 1:
         advice = "bf16 moves half the bytes of fp32 and runs on tensor cores; a new run, as the result changes"
         return Finding("memory-bound", share, evidence, "train.precision", advice)
@@ -241,8 +245,16 @@ def _memory_bound(figures: _Figures) -> Finding | None:
     return Finding("memory-bound", share, evidence, "workload.options.compile", advice)
 
 
-def _is_memory_busy(figures: _Figures) -> bool:
-    return (figures.mean("memory_busy_percent") or 0.0) >= BUSY_MEMORY_PERCENT
+def _memory_traffic(figures: _Figures) -> tuple[float, str] | None:
+    """How much the GPUs' memory has to do, in percent and in words; None where that is not much, or not known."""
+    bandwidth = figures.mean("dram_bandwidth_percent")
+    if bandwidth is not None:
+        words = f"{bandwidth:.0f} % of the memory's bandwidth is used"
+        return (bandwidth, words) if bandwidth >= FULL_BANDWIDTH_PERCENT else None
+    busy = figures.mean("memory_busy_percent")
+    if busy is None or busy < BUSY_MEMORY_PERCENT:
+        return None
+    return busy, f"the memory is busy for {busy:.0f} % of the time"
 
 
 def _heat_throttled(figures: _Figures) -> Finding | None:

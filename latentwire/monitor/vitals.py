@@ -10,7 +10,7 @@ import statistics
 from collections import deque
 from collections.abc import Callable, Iterable
 
-from latentwire.monitor.readings import Record, figure_of, gpus_of, host_of, percent
+from latentwire.monitor.figures import Record, figure_of, gpus_of, host_of, percent
 
 FRESH_S = 90.0
 """A reading that is older says nothing of now."""

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from running import agent_of, wait_for
+from running import agent_of, trained_steps, wait_for
 
 from latentwire.config import load_config
 from latentwire.monitor.gpu import list_gpus
@@ -57,6 +57,8 @@ def test_the_peak_is_as_expected_to_a_tenth(
     with agent_of(run) as agent:
         seen = wait_for(lambda: read_json(agent.attempt.path / "memory.json"), "two steps")
         expected = read_json(agent.attempt.path / "placement.json")["peak_bytes"]
+        first = trained_steps(agent.attempt)[0]
+    assert 0 < first["memory_allocated_peak_bytes"] <= first["memory_reserved_peak_bytes"] < sum(seen["peak_bytes"])
     for place, (peak, hoped) in enumerate(zip(seen["peak_bytes"], expected, strict=True)):
         print(
             f"| {'compiled' if compiled else 'plain'} | {micro_batch} | {gpus_per_replica}, GPU {place} "

@@ -58,6 +58,12 @@ TRACES: dict[str, tuple[Records, Records, str, tuple[str, ...]]] = {
         "workload.options.compile",
         ("85 %", "9 %"),
     ),
+    "memory-bound, by the bandwidth": (
+        samples(dram_bandwidth_percent=71.0, memory_busy_percent=55, tensor_active_percent=12.0),
+        steps(),
+        "workload.options.compile",
+        ("71 % of the memory's bandwidth", "12 %"),
+    ),
     "memory-bound, without tensor cores": (
         samples(memory_busy_percent=85, tensor_active_percent=0.0),
         steps(),
@@ -159,6 +165,11 @@ def test_a_gpu_that_belongs_to_somebody_else_does_not_count() -> None:
 def test_what_gpus_still_compute_is_no_exchange() -> None:
     assert only(diagnose(samples(), steps(reduction_s=0.8, forward_backward_s=0.1))) == "healthy"
     assert only(diagnose(samples(), steps(reduction_s=0.8, exchange_s=0.02))) == "healthy"
+
+
+def test_memory_that_is_often_touched_is_not_therefore_full_of_traffic() -> None:
+    touched = samples(memory_busy_percent=95, dram_bandwidth_percent=35.0, tensor_active_percent=20.0)
+    assert only(diagnose(touched, steps())) == "healthy"
 
 
 def test_an_evaluation_is_no_waiting_for_the_host() -> None:
