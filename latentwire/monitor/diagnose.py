@@ -77,7 +77,7 @@ def diagnose(samples: Iterable[Record], steps: Iterable[Record]) -> list[Finding
     if found:
         return sorted(found, key=lambda finding: -finding.share)
     if not figures.measured:
-        return [Finding("nothing measured", 0.0, "no step and no GPU was measured", None, "train for some steps first")]
+        return [Finding("nothing measured", 0.0, "no step was timed", None, "train for some steps first")]
     return [Finding("healthy", 0.0, f"nothing found in {figures.measured}", None, "leave it as it is")]
 
 
