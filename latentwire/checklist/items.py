@@ -308,7 +308,7 @@ ITEMS = (
     Item(
         "alerts",
         "A run that stands still, diverges or is given up is told of to a real webhook; a preempted one is not",
-        _pytest("tests/unit/test_alerts.py", "tests/unit/test_sinks.py", "tests/train/test_alerts.py"),
+        _pytest("tests/unit/test_alerts.py", "tests/unit/test_sinks.py", "tests/train/test_alerting.py"),
         tests_pass,
     ),
     Item(

@@ -43,12 +43,13 @@ class NotSent(Exception):
 
 
 class Sinks:
-    """Delivers messages in the order in which they come, in a daemon thread that begins with the first one.
+    """Delivers alerts in the order in which they come; each sink by itself, so that none waits for another.
 
     Args:
         settings: the config's ``alerts``.
         run: whose alerts they are.
-        failed: called once for each sink that fails, with its name and the reason; from the thread, or in ``close``.
+        failed: called once for each sink that fails, with its name and the reason; from a thread, in ``send`` or in
+            ``close``.
         environ: where ``webhook: $NAME`` is looked up, when there is something to send.
     """
 
@@ -60,13 +61,7 @@ class Sinks:
         environ: Mapping[str, str] = os.environ,
     ) -> None:
         self._run = run
-        self._sinks = dict(_sinks(settings, environ))
-        self._failed = failed
-        self._told: set[str] = set()
-        self._waiting: queue.Queue[bytes | None] = queue.Queue(_MOST_WAITING)
-        self._thread: threading.Thread | None = None
-        self._lock = threading.Lock()
-        self._is_closed = False
+        self._sinks = [_Sink(name, deliver, failed) for name, deliver in _sinks(settings, environ)]
 
     def send(self, alert: Alert, attempt: int) -> None:
         """Deliver an alert to all sinks. Does not block; where a hundred wait already, this one is not sent.
@@ -80,22 +75,40 @@ class Sinks:
         message = {"state": "raised" if alert.is_raised else "over", **alert.fields(), "time": time.time()}
         message |= {"run": self._run.name, "attempt": attempt, "host": node_name(), "directory": str(self._run.path)}
         data = json.dumps(json_safe(message), allow_nan=False).encode()
+        for sink in self._sinks:
+            sink.put(data)
+
+    def close(self, within_s: float) -> None:
+        """Wait for what is under way, at most so long; what is still to be sent then is told of, and never sent."""
+        until = time.monotonic() + within_s
+        for sink in self._sinks:
+            sink.close(until)
+
+
+class _Sink:
+    """One of them, with a daemon thread that begins with the first message."""
+
+    def __init__(self, name: str, deliver: Deliver, failed: Callable[[str, str], None]) -> None:
+        self._name, self._deliver, self._failed = name, deliver, failed
+        self._waiting: queue.Queue[bytes | None] = queue.Queue(_MOST_WAITING)
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._is_told = self._is_closed = False
+
+    def put(self, data: bytes) -> None:
         try:
             self._waiting.put_nowait(data)
         except queue.Full:
-            self._tell_all(f"{_MOST_WAITING} messages wait already")
-            return
+            self._tell(f"{_MOST_WAITING} messages wait already")
         if self._thread is None:
             self._thread = threading.Thread(target=self._deliver_all, name="alerts", daemon=True)
             self._thread.start()
 
-    def close(self, within_s: float) -> None:
-        """Wait for what is under way, at most so long; what is still to be sent then is told of, and never sent."""
-        deadline = time.monotonic() + within_s
-        while self._waiting.unfinished_tasks and time.monotonic() < deadline:
+    def close(self, until: float) -> None:
+        while self._waiting.unfinished_tasks and time.monotonic() < until:
             time.sleep(0.01)
         if self._waiting.unfinished_tasks:
-            self._tell_all("it had not answered when this process had to end")
+            self._tell("it had not answered when this process had to end")
         with self._lock:
             self._is_closed = True  # from here on the thread says nothing more
         with contextlib.suppress(queue.Full):
@@ -103,23 +116,17 @@ class Sinks:
 
     def _deliver_all(self) -> None:
         while (data := self._waiting.get()) is not None and not self._is_closed:
-            for name, deliver in self._sinks.items():
-                try:
-                    deliver(data)
-                except NotSent as error:
-                    self._tell(name, str(error))
+            try:
+                self._deliver(data)
+            except NotSent as error:
+                self._tell(str(error))
             self._waiting.task_done()
 
-    def _tell_all(self, reason: str) -> None:
-        for name in self._sinks:
-            self._tell(name, reason)
-
-    def _tell(self, name: str, reason: str) -> None:
+    def _tell(self, reason: str) -> None:
         with self._lock:
-            if name in self._told or self._is_closed:
-                return
-            self._told.add(name)
-            self._failed(name, reason)
+            if not self._is_told and not self._is_closed:
+                self._is_told = True
+                self._failed(self._name, reason)
 
 
 def _sinks(settings: AlertsSection, environ: Mapping[str, str]) -> Iterator[tuple[str, Deliver]]:

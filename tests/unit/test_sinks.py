@@ -6,6 +6,7 @@ import json
 import socket
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,20 @@ def test_a_server_that_hangs_keeps_nobody(run: Run) -> None:
         assert told == [("webhook", "100 messages wait already")]
         opened.close(0.0)
         assert len(told) == 1
+
+
+def test_a_server_that_hangs_keeps_no_command(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = tmp_path / "kept.json"
+    command = [sys.executable, "-c", KEEP, str(kept)]
+    monkeypatch.setattr(sinks, "ANSWER_WITHIN_S", 60.0)
+    with Webhook(answer=0).open() as webhook:
+        opened = Sinks(AlertsSection(webhook=webhook.url, command=command), run, lambda *_: None)
+        opened.send(ALERT, 1)
+        deadline = time.monotonic() + 30
+        while not (kept.exists() and kept.read_bytes()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        opened.close(0.0)
+    assert json.loads(kept.read_bytes())["alert"] == "disk_space"
 
 
 def test_what_is_under_way_at_the_end_is_told_of(run: Run) -> None:
