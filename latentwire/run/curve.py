@@ -65,7 +65,7 @@ class Curve:
             first_void = _earlier(first_void, piece.first_void)
             number, begin, end = piece.stretch.attempt.number, piece.begin, piece.stretch.end
             for record in map(_decode, piece.lines.split(b"\n")):
-                if record is not None and begin <= (place := _place(record)) < end:
+                if record is not None and begin <= (place := place_of(record)) < end:
                     record["attempt"] = number
                     records.append(record)
                     self._pieces.given_up_to = max(self._pieces.given_up_to, place + 1)
@@ -256,10 +256,10 @@ def _metrics(attempt: Attempt) -> Path:
 
 
 def _first(records: Iterable[dict[str, Any]]) -> int | None:
-    return next((place for place in map(_place, records) if place >= 0), None)
+    return next((place for place in map(place_of, records) if place >= 0), None)
 
 
-def _place(record: dict[str, Any]) -> int:
+def place_of(record: dict[str, Any]) -> int:
     """Where a record belongs on the curve; before its begin where it does not."""
     step = record.get("step")
     return 2 * step + ("loss" not in record) if type(step) is int else -1
