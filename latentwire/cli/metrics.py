@@ -37,9 +37,12 @@ def metrics(
         if follow:
             raise typer.BadParameter("a file that is replaced once whole cannot be followed", param_hint="--to")
         aside = to.with_name(f".{to.name}.{os.getpid()}")
-        with open(aside, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in merged_metrics(opened))
-        aside.replace(to)
+        try:
+            with open(aside, "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(record) + "\n" for record in merged_metrics(opened))
+            aside.replace(to)
+        finally:
+            aside.unlink(missing_ok=True)
         return
     curve = Curve(opened)
 

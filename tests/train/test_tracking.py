@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
+import struct
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
+import pytest
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from running import (
     KILL,
     OFTEN_SAVED,
@@ -19,9 +24,13 @@ from running import (
     wait_for,
 )
 
+from latentwire.config import TRACKERS
+from latentwire.errors import ConfigError, RunBusy
+from latentwire.integrations.tracking import tracking
 from latentwire.run.atomic import read_json
 from latentwire.run.curve import merged_metrics
 from latentwire.run.directory import Run
+from latentwire.run.journal import Journal
 
 READ_BACK = """
 import json, sys
@@ -52,8 +61,6 @@ def holds_the_curve(run: Run) -> None:
 
 def single(value: float) -> float:
     """As TensorBoard keeps it."""
-    import struct
-
     return float(struct.unpack("f", struct.pack("f", value))[0])
 
 
@@ -76,5 +83,78 @@ def test_each_step_is_in_tensorboard_once_after_kills_of_run_and_tracker(tmp_pat
         command = [sys.executable, "-m", "latentwire", "track", str(run.path), "--with", "tensorboard"]
         sent = subprocess.run(command, capture_output=True, text=True, check=True)
         assert sent.stderr == "", "redone steps had the same values"
-        holds_the_curve(run)
+    holds_the_curve(run)
     assert {r["attempt"] for r in merged_metrics(run)} == {1, 2}
+
+
+def curve_of(run: Run, *losses: float, first: int) -> None:
+    """An attempt that wrote these losses, from a step on."""
+    journal = Journal(run.claim_attempt("1", "local").path / "metrics.jsonl")
+    for step, loss in enumerate(losses, start=first):
+        journal.record(step=step, loss=loss)
+    journal.close()
+
+
+class FakeWandb(types.ModuleType):
+    """Stands for the package: takes what would go over the network."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.starts: list[dict[str, Any]] = []
+        self.sent: list[tuple[int, dict[str, float]]] = []
+
+    def init(self, **options: Any) -> Any:
+        self.starts.append(options)
+        return self
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.sent.append((step, values))
+
+    def finish(self) -> None:
+        pass
+
+
+def send_all(run: Run, name: str) -> None:
+    with tracking(run, name) as tracker:
+        while tracker.send_new():
+            pass
+
+
+def test_a_restart_goes_on_in_the_same_run_of_the_service(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    run = make_run(tmp_path, monitor={"tracker_options": {"wandb": {"project": "wires", "mode": "offline"}}})
+    curve_of(run, 3.0, math.nan, first=1)
+    send_all(run, "wandb")
+    curve_of(run, math.nan, 1.0, first=2)
+    send_all(run, "wandb")
+    assert [step for step, _ in wandb.sent] == [1, 2, 3]
+    assert math.isnan(wandb.sent[1][1]["loss"])
+    assert not caplog.records
+    curve_of(run, 1.5, 0.5, first=3)
+    send_all(run, "wandb")
+    assert [(step, values["loss"]) for step, values in wandb.sent[2:]] == [(3, 1.0), (4, 0.5)]
+    (warning,) = caplog.messages
+    assert warning.endswith("step 3: 1.5 in attempt 3, 1.0 was sent")
+    first, *others = wandb.starts
+    assert all(start == first for start in others)
+    assert (first["project"], first["name"], first["resume"], first["mode"]) == ("wires", "toy", "allow", "offline")
+    assert first["config"]["seed"] == 3
+
+
+def test_one_process_at_a_time_sends_a_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb())
+    run = make_run(tmp_path)
+    with tracking(run, "wandb"), pytest.raises(RunBusy, match="it sends the curve already"):
+        send_all(run, "wandb")
+
+
+def test_a_package_that_is_not_installed_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="dvclive needs the package dvclive: pip install dvclive"):
+        send_all(make_run(tmp_path), "dvclive")
+
+
+def test_the_names_in_the_config_are_those_of_accelerate() -> None:
+    assert set(TRACKERS) == set(LOGGER_TYPE_TO_CLASS)
