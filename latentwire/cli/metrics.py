@@ -7,8 +7,9 @@ import os
 import select
 import signal
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,6 +17,7 @@ from latentwire.cli import DEFAULT_RUNS_DIR
 from latentwire.cli.arguments import FollowOption, RunArgument, RunsDirOption
 from latentwire.cli.following import follow as follow_run
 from latentwire.cli.following import follow_until
+from latentwire.cli.text import visible
 
 
 def metrics(
@@ -36,13 +38,8 @@ def metrics(
     if to is not None:
         if follow:
             raise typer.BadParameter("a file that is replaced once whole cannot be followed", param_hint="--to")
-        aside = to.with_name(f".{to.name}.{os.getpid()}")
-        try:
-            with open(aside, "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(record) + "\n" for record in merged_metrics(opened))
-            aside.replace(to)
-        finally:
-            aside.unlink(missing_ok=True)
+        _write(to, merged_metrics(opened))
+        print(f"{visible(str(to))} is written")
         return
     curve = Curve(opened)
 
@@ -56,6 +53,16 @@ def metrics(
     else:
         while print_new():
             pass
+
+
+def _write(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(aside, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def track(
@@ -93,6 +100,7 @@ def track(
         else:
             while started.send_new():
                 pass
+    print(f"{started.num_sent} points of the curve sent to {tracker}")
 
 
 def _stdin_has_closed() -> bool:

@@ -39,6 +39,9 @@ class Tracking:
     Args:
         run: whose curve.
         name: of the tracker, as accelerate calls it.
+
+    Attributes:
+        num_sent: records that were sent since the start.
     """
 
     def __init__(self, run: Run, name: str) -> None:
@@ -50,6 +53,7 @@ class Tracking:
         if name == "tensorboard":  # the step under way when it was killed may be there already: it is sent again
             self._kept["next"] = self._kept["next"] // 2 * 2
         self._kept_at = time.monotonic()
+        self.num_sent = 0
         self._tracker = self._start()
         self._waiting: Iterator[dict[str, Any]] = iter(())
         self._curve = Curve(run)
@@ -66,6 +70,7 @@ class Tracking:
                 continue
             when = {"walltime": record.get("time")} if self._name == "tensorboard" else {}
             self._tracker.log(_numbers(record), step=record["step"], **when)
+            self.num_sent += 1
             self._kept |= {"next": place + 1, "attempt": record["attempt"]}
         if time.monotonic() - self._kept_at > _KEEP_EVERY_S:
             self._keep()

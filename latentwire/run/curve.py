@@ -23,7 +23,7 @@ import msgspec
 from latentwire.run.directory import Attempt, Run
 from latentwire.run.journal import Follower, newest_first, parse_line, read_journal
 
-_PIECE_BYTES = 16 * 1024 * 1024
+_PIECE_BYTES = 4 * 1024 * 1024
 _OPEN = 2**200
 """Beyond any step: the end of the stretch that still grows."""
 
@@ -53,7 +53,7 @@ class Curve:
         self._pieces = _Pieces(run)
 
     def read(self) -> tuple[list[dict[str, Any]], int | None]:
-        """The next records in order of step, of some tens of thousands at most; none: there is no more at present.
+        """The next records in order of step, of some ten thousand at most; none: there is no more at present.
 
         Returns:
             The records, a step's (with ``loss``) or an evaluation's, each with the ``attempt`` that it is from, and the

@@ -36,9 +36,9 @@ ONE_NODE = "127.0.0.1"
 _LAST_LINES = 50
 _KILL_AFTER_S = 20.0
 """So long a rank may take to leave."""
-_TRACKERS_END_WITHIN_S = 60.0
-_TRACKERS_END_AFTER_NOTICE_S = 5.0
-"""The job must still requeue itself."""
+_TRACKERS_END_WITHIN_S = 5.0
+_LAST_TRACKERS_END_WITHIN_S = 60.0
+"""Of a finished run: what is not sent then is sent by no later attempt."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,8 +230,8 @@ class NodeProcesses:
             except subprocess.TimeoutExpired:
                 self._monitor.kill()
                 self._monitor.wait()
-        noticed = self._handler.notice is not None
-        self._trackers.end(_TRACKERS_END_AFTER_NOTICE_S if noticed else _TRACKERS_END_WITHIN_S)
+        finished = bool(self._ranks) and all(rank.poll() == 0 for rank in self._ranks.values())
+        self._trackers.end(_LAST_TRACKERS_END_WITHIN_S if finished else _TRACKERS_END_WITHIN_S)
 
 
 def node_suffix(allocation: Allocation) -> str:

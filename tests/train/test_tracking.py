@@ -79,10 +79,11 @@ def test_each_step_is_in_tensorboard_once_after_kills_of_run_and_tracker(tmp_pat
     (told,) = events(run.attempts()[-1], "tracker_ended", "agent")
     assert (told["tracker"], told["exit_code"]) == ("tensorboard", -KILL)
     assert in_tensorboard(run)["loss"][-1][0] < 20
-    for _ in range(2):  # the second time there is nothing left to send
+    for is_first in (True, False):
         command = [sys.executable, "-m", "latentwire", "track", str(run.path), "--with", "tensorboard"]
         sent = subprocess.run(command, capture_output=True, text=True, check=True)
         assert sent.stderr == "", "redone steps had the same values"
+        assert is_first == (int(sent.stdout.split()[0]) > 2), sent.stdout  # the last step is sent again, and replaced
     holds_the_curve(run)
     assert {r["attempt"] for r in merged_metrics(run)} == {1, 2}
 
