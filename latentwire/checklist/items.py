@@ -317,7 +317,7 @@ ITEMS = (
     ),
     Item(
         "curve",
-        "Out of many attempts one curve, each step once: as JSON lines, in TensorBoard by its own reader, for Prometheus",
+        "Out of many attempts one curve, each step once: as JSON lines, in TensorBoard, for Prometheus",
         _pytest(
             *(f"tests/unit/test_{name}.py" for name in ("curve", "cli_metrics", "prometheus")),
             "tests/train/test_tracking.py",
@@ -326,7 +326,7 @@ ITEMS = (
     ),
     Item(
         "long-curve",
-        "A curve of a million steps is read in bounded memory, for charts three times as fast as by json.loads or faster",
+        "A curve of a million steps is read in bounded memory, for charts three times as fast as by json.loads",
         (sys.executable, "benchmarks/curve.py"),
         long_curve_is_cheap,
     ),

@@ -7,11 +7,12 @@ made it; how far that got is kept in ``trackers/<name>.json``, so that a restart
 from __future__ import annotations
 
 import fcntl
+import itertools
 import logging
 import os
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -81,11 +82,11 @@ class Tracking:
         self._tracker.finish()
         self._keep()
 
-    def _next_records(self) -> Iterable[dict[str, Any]]:
-        records = [record for _, record in zip(range(_MOST_AT_ONCE), self._waiting, strict=False)]
+    def _next_records(self) -> list[dict[str, Any]]:
+        records = list(itertools.islice(self._waiting, _MOST_AT_ONCE))
         if not records:
             self._waiting = iter(self._curve.read()[0])
-            records = [record for _, record in zip(range(_MOST_AT_ONCE), self._waiting, strict=False)]
+            records = list(itertools.islice(self._waiting, _MOST_AT_ONCE))
         return records
 
     def _keep(self) -> None:

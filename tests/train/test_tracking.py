@@ -11,6 +11,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from running import (
@@ -31,6 +32,7 @@ from latentwire.run.atomic import read_json
 from latentwire.run.curve import merged_metrics
 from latentwire.run.directory import Run
 from latentwire.run.journal import Journal
+from latentwire.train.trackers import Trackers
 
 READ_BACK = """
 import json, sys
@@ -155,6 +157,24 @@ def test_one_process_at_a_time_sends_a_curve(tmp_path: Path, monkeypatch: pytest
 def test_a_package_that_is_not_installed_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="dvclive needs the package dvclive: pip install dvclive"):
         send_all(make_run(tmp_path), "dvclive")
+
+
+def test_trackers_that_fail_or_hang_are_told_of_and_ended(tmp_path: Path) -> None:
+    attempt = make_run(tmp_path).claim_attempt("1", "local")
+    journal = Journal(attempt.path / "events.agent.jsonl")
+    failing = Trackers(attempt, ["dvclive"], journal)
+    failing.start()
+    wait_for(lambda: failing.look() or events(attempt, "tracker_ended", "agent"), "the event")
+    failing.look()
+    failing.end(within_s=1.0)
+    assert [e["exit_code"] for e in events(attempt, "tracker_ended", "agent")] == [1]
+    assert "dvclive needs the package dvclive" in (attempt.path / "tracker.log").read_text()
+    slow = Trackers(attempt, ["tensorboard"], journal)
+    slow.start()
+    slow.end(within_s=0.0)
+    assert [e["tracker"] for e in events(attempt, "tracker_cut_short", "agent")] == ["tensorboard"]
+    assert not psutil.Process().children()
+    journal.close()
 
 
 def test_the_names_in_the_config_are_those_of_accelerate() -> None:

@@ -10,17 +10,8 @@ from pathlib import Path
 import pytest
 
 HEAVY = {
-    "torch",
-    "transformers",
-    "submitit",
-    "pynvml",
-    "numpy",
-    "datasets",
-    "accelerate",
-    "fsspec",
-    "s3fs",
-    "tensorboard",
-}
+    "torch", "transformers", "submitit", "pynvml", "numpy", "datasets", "accelerate", "fsspec", "s3fs", "tensorboard",
+}  # fmt: skip
 
 
 def modules_after(statement: str) -> set[str]:
