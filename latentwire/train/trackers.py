@@ -73,5 +73,7 @@ class Trackers:
 
     def _tell_ended(self, name: str) -> None:
         process = self._processes.pop(name)
+        assert process.stdin is not None
+        process.stdin.close()
         cure = f"see {LOG}; what it did not send is sent by the next attempt, or: latentwire track RUN --with {name}"
         self._journal.event("tracker_ended", tracker=name, exit_code=process.returncode, cure=cure)

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import types
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from running import (
     KILL,
     OFTEN_SAVED,
-    SLOW_ENOUGH,
+    AgentProcess,
     agent_of,
     events,
+    held,
     make_run,
     trained_steps,
     wait_for,
+    wait_for_event,
 )
 
 from latentwire.config import TRACKERS
@@ -66,18 +69,27 @@ def single(value: float) -> float:
     return float(struct.unpack("f", struct.pack("f", value))[0])
 
 
+def trackers_of(agent: AgentProcess) -> list[psutil.Process]:
+    found = []
+    for process in agent.tree():
+        with suppress(psutil.Error):  # ended by now
+            found += [process] if "track" in process.cmdline() else []
+    return found
+
+
 def test_each_step_is_in_tensorboard_once_after_kills_of_run_and_tracker(tmp_path: Path) -> None:
-    run = make_run(tmp_path, checkpoint=OFTEN_SAVED, monitor={"trackers": ["tensorboard"]}, **SLOW_ENOUGH)
+    run = make_run(tmp_path, checkpoint=OFTEN_SAVED, monitor={"trackers": ["tensorboard"]})
     cursor = run.path / "trackers" / "tensorboard.json"
-    with agent_of(run) as agent:  # killed with all below it, between two commits, after the tracker has sent a part
-        wait_for(lambda: (read_json(cursor) or {}).get("next"), "the tracker")
-        wait_for(lambda: len(trained_steps(agent.attempt)) % 3 == 2, "a step that is not saved")
+    with held(run, "step", after=8 * 6), agent_of(run) as agent:  # stands in its sixth step; the third was saved
+        wait_for_event(agent.attempt, "holding")
+        lost = 2 * trained_steps(agent.attempt)[-1]["step"]
+        wait_for(lambda: (read_json(cursor) or {}).get("next", 0) > lost, "the tracker to have sent what will be lost")
         for process in reversed(agent.tree()):
             process.send_signal(KILL)
     with agent_of(run) as agent:
-        tracker = wait_for(lambda: [p for p in agent.tree() if "track" in p.cmdline()], "the tracker")[0]
-        tracker.send_signal(KILL)
+        wait_for(lambda: trackers_of(agent), "the tracker")[0].send_signal(KILL)
         assert agent.outcome() == "finished", "training goes on without"
+    assert 2 * trained_steps(run.attempts()[1])[0]["step"] <= lost, "steps that were sent were redone"
     (told,) = events(run.attempts()[-1], "tracker_ended", "agent")
     assert (told["tracker"], told["exit_code"]) == ("tensorboard", -KILL)
     assert in_tensorboard(run)["loss"][-1][0] < 20
