@@ -27,11 +27,31 @@ from latentwire.target import options_model
 from latentwire.tree import overridden, read_tree
 
 IDENTITY = ("seed", "workload", "train")
+TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
+"""Experiment trackers by the names that accelerate has for them; a test compares."""
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Percent = Annotated[float, Field(ge=0, le=100)]
+
+
+def _refuse_secrets(options: Mapping[str, Any]) -> None:
+    secret = sorted(options.keys() & {"key", "api_key", "secret", "token", "password", "username"})
+    if secret:
+        raise ValueError(
+            f"{secret[0]} does not belong in a config, which is written to the run's directory: give credentials "
+            "in the environment, or in the files that the service's own tools read"
+        )
+
+
+def refuse_unknown_trackers(names: Iterable[str]) -> None:
+    """Raise a ValueError for a tracker that accelerate has not, with the nearest names."""
+    for name in names:
+        if name not in TRACKERS:
+            near = difflib.get_close_matches(name, TRACKERS, n=1)
+            cure = f"did you mean {near[0]}?" if near else f"there are: {', '.join(TRACKERS)}"
+            raise ValueError(f"there is no tracker {name!r}; {cure}")
 
 
 class Section(pydantic.BaseModel):
@@ -165,12 +185,7 @@ class CheckpointSection(Section):
     @pydantic.field_validator("mirror_options")
     @classmethod
     def _no_passwords(cls, options: dict[str, Any]) -> dict[str, Any]:
-        secret = sorted(options.keys() & {"key", "secret", "token", "password", "username"})
-        if secret:
-            raise ValueError(
-                f"{secret[0]} does not belong in a config, which is written to the run's directory: give credentials "
-                "in the environment, or in the files that the store's own tools read"
-            )
+        _refuse_secrets(options)
         return options
 
 
@@ -187,6 +202,23 @@ class MonitorSection(Section):
     """The monitor beside the ranks."""
 
     interval_s: Annotated[float, Field(gt=0)] = 1.0
+    trackers: tuple[str, ...] = ()
+    """Experiment trackers that are sent the curve, such as ``[tensorboard, wandb]``; each by a process of its own."""
+    tracker_options: dict[str, dict[str, Any]] = {}
+    """For a tracker's own start, such as ``{wandb: {project: wire, mode: offline}}``; no passwords."""
+
+    @pydantic.field_validator("trackers", "tracker_options")
+    @classmethod
+    def _trackers_exist(cls, value: Any) -> Any:
+        refuse_unknown_trackers(value)
+        return value
+
+    @pydantic.field_validator("tracker_options")
+    @classmethod
+    def _no_passwords(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for options in value.values():
+            _refuse_secrets(options)
+        return value
 
 
 class AlertsSection(Section):

@@ -76,6 +76,16 @@ def simulator_is_close(code: int, output: str) -> Judgement:
     return abs(float(found[1])) <= 5, found[0]
 
 
+def long_curve_is_cheap(code: int, output: str) -> Judgement:
+    """A million steps: columns against json.loads of the same run, and the memory."""
+    memory = re.search(r"(\d+) MB of memory taken", output)
+    columns = re.search(r"^\| columns \| ([\d.]+) \| ([\d.]+) \|", output, re.MULTILINE)
+    if code or memory is None or columns is None:
+        return False, "it did not run to its end"
+    figure = f"{columns[1]} s of processor time, {columns[2]} x as fast as json.loads, {memory[1]} MB"
+    return float(columns[2]) >= 3 and int(memory[1]) < 200, figure
+
+
 def kills_pass(code: int, output: str) -> Judgement:
     """The kill tests passed; the figure is the number of kills that they printed."""
     passed, summary = tests_pass(code, output)
@@ -316,6 +326,21 @@ ITEMS = (
         "The simulator foretells the goodput of a drill to 5 %, by the costs of the undisturbed run",
         (sys.executable, "benchmarks/simulator.py"),
         simulator_is_close,
+    ),
+    Item(
+        "curve",
+        "Out of many attempts one curve, each step once: as JSON lines, in TensorBoard, for Prometheus",
+        _pytest(
+            *(f"tests/unit/test_{name}.py" for name in ("curve", "cli_metrics", "prometheus")),
+            "tests/train/test_tracking.py",
+        ),
+        tests_pass,
+    ),
+    Item(
+        "long-curve",
+        "A curve of a million steps is read in bounded memory, for charts three times as fast as by json.loads",
+        (sys.executable, "benchmarks/curve.py"),
+        long_curve_is_cheap,
     ),
     Item(
         "orchestrator",

@@ -16,6 +16,7 @@ from latentwire.cli.diagnosis import diagnose
 from latentwire.cli.events import events
 from latentwire.cli.goodput import goodput
 from latentwire.cli.logs import logs
+from latentwire.cli.metrics import metrics, track
 from latentwire.cli.plan import plan
 from latentwire.cli.simulate import simulate
 from latentwire.cli.starting import run, submit
@@ -57,6 +58,8 @@ app.command()(submit)
 app.command()(plan)
 app.command()(logs)
 app.command()(events)
+app.command()(metrics)
+app.command()(track)
 app.command()(goodput)
 app.command()(simulate)
 app.command()(diagnose)

@@ -21,8 +21,13 @@ def follow(run: Run, read: Callable[[], bool]) -> None:
         run: whose end is the end.
         read: prints what is new and says whether there was anything.
     """
+    follow_until(lambda: _is_over(run), read)
+
+
+def follow_until(is_over: Callable[[], bool], read: Callable[[], bool]) -> None:
+    """Call ``read`` until it finds nothing more and ``is_over`` said so before. Blocks."""
     while True:
-        over = _is_over(run)  # asked first: what was written before the end is then read for certain
+        over = is_over()  # asked first: what was written before the end is then read for certain
         anything = read()
         sys.stdout.flush()
         if not anything:

@@ -98,7 +98,7 @@ def read_journal(path: Path) -> Iterator[dict[str, Any]]:
     try:
         with open(path, "rb") as file:
             for line in file:
-                record = _parse(line)
+                record = parse_line(line)
                 if record is not None:
                     yield record
     except (FileNotFoundError, NotADirectoryError):
@@ -120,7 +120,7 @@ def newest_first(path: Path) -> Iterator[dict[str, Any]]:
             lines = file.read().splitlines(keepends=True)
     except (FileNotFoundError, NotADirectoryError):
         return
-    yield from (record for record in map(_parse, reversed(lines)) if record is not None)
+    yield from (record for record in map(parse_line, reversed(lines)) if record is not None)
 
 
 def last_record(path: Path, key: str = "time") -> dict[str, Any] | None:
@@ -142,21 +142,28 @@ class Follower:
 
     def read(self) -> list[dict[str, Any]]:
         """New whole records since the last call. Does not block."""
+        return [r for r in map(parse_line, self.read_lines().split(b"\n")) if r is not None]
+
+    def read_lines(self, most_bytes: int = -1) -> bytes:
+        """New whole lines as they are, of so many bytes at most; nothing where there are none. Does not block."""
         try:
             with open(self.path, "rb") as file:
                 inode = os.fstat(file.fileno()).st_ino
                 if inode != self._inode:
                     self._inode, self._offset = inode, 0
                 file.seek(self._offset)
-                data = file.read()
+                data = file.read(most_bytes)
         except (FileNotFoundError, NotADirectoryError):
-            return []
-        whole, newline, _ = data.rpartition(b"\n")
-        self._offset += len(whole) + len(newline)
-        return [r for r in map(_parse, whole.split(b"\n")) if r is not None]
+            return b""
+        whole = data[: data.rfind(b"\n") + 1]
+        if not whole and len(data) == most_bytes:
+            whole = data  # no line of ours is so long: it is given out in parts, none of which is a record
+        self._offset += len(whole)
+        return whole
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def parse_line(line: bytes) -> dict[str, Any] | None:
+    """The record of a line; None for one that is half-written or holds something else."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):

@@ -27,6 +27,7 @@ from latentwire.run.directory import Attempt
 from latentwire.run.journal import Journal
 from latentwire.run.process import node_name
 from latentwire.train.allocation import Allocation
+from latentwire.train.trackers import Trackers
 from latentwire.train.verdicts import RankEnd, said_by_ranks
 from latentwire.train.worker import AGENT_PID
 
@@ -35,6 +36,9 @@ ONE_NODE = "127.0.0.1"
 _LAST_LINES = 50
 _KILL_AFTER_S = 20.0
 """So long a rank may take to leave."""
+_TRACKERS_END_WITHIN_S = 5.0
+_LAST_TRACKERS_END_WITHIN_S = 60.0
+"""Of a finished run: what is not sent then is sent by no later attempt."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,19 +82,21 @@ class NodeProcesses:
         self._handler, self._journal = handler, journal
         self._ranks: dict[int, subprocess.Popen[bytes]] = {}
         self._monitor: subprocess.Popen[bytes] | None = None
+        self._trackers = Trackers(attempt, () if allocation.node_rank else config.monitor.trackers, journal)
         self._passed_on: Notice | None = None
         self._interrupted_twice = False
 
     # --- starting -----------------------------------------------------------------------------------------------------
 
     def start(self, placement: Placement, rendezvous: Rendezvous) -> None:
-        """Start the monitor and the ranks that are placed here.
+        """Start the monitor, the trackers and the ranks that are placed here.
 
         Raises:
             OSError: a process could not be started, or a log not be opened.
         """
         with blocked():  # what arrives before a rank's handlers stand waits for them
             self._start_monitor()
+            self._trackers.start()
             for local_rank, rank in enumerate(placement.ranks_on(self._allocation.node_rank)):
                 self._start_rank(rank, local_rank, placement.world_size, rendezvous)
 
@@ -182,6 +188,7 @@ class NodeProcesses:
 
     def pass_signals_on(self) -> None:
         """Hand on what this process was told since the last call. After a notice it asks the scheduler: a second."""
+        self._trackers.look()
         notice = self._handler.notice
         if notice is not None and self._passed_on is None:
             self._passed_on = notice
@@ -205,7 +212,7 @@ class NodeProcesses:
     # --- the end ------------------------------------------------------------------------------------------------------
 
     def end(self, kill_after_s: float = _KILL_AFTER_S) -> None:
-        """No rank outlives the attempt; the monitor ends with its input. Blocks until all are gone."""
+        """No rank outlives the attempt; monitor and trackers end with their input. Blocks until all are gone."""
         self._signal(signal.SIGTERM)
         self._signal(signal.SIGCONT)  # one that is stopped hears nothing else
         deadline = time.monotonic() + kill_after_s
@@ -223,6 +230,8 @@ class NodeProcesses:
             except subprocess.TimeoutExpired:
                 self._monitor.kill()
                 self._monitor.wait()
+        finished = bool(self._ranks) and all(rank.poll() == 0 for rank in self._ranks.values())
+        self._trackers.end(_LAST_TRACKERS_END_WITHIN_S if finished else _TRACKERS_END_WITHIN_S)
 
 
 def node_suffix(allocation: Allocation) -> str:

@@ -109,6 +109,20 @@ def test_an_unknown_key_names_its_neighbours(write: Write, override: str, answer
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("override", "answer"),
+    [
+        ("monitor.trackers=[wandbb]", "there is no tracker 'wandbb'; did you mean wandb"),
+        ("monitor.trackers=[paper]", "there is no tracker 'paper'; there are: aim, clearml, .*tensorboard"),
+        ("monitor.tracker_options={mlfow: {}}", "did you mean mlflow"),
+        ("monitor.tracker_options={comet_ml: {api_key: a}}", "api_key does not belong in a config"),
+    ],
+)
+def test_a_tracker_must_exist_and_brings_no_secrets(write: Write, override: str, answer: str) -> None:
+    with pytest.raises(ConfigError, match=answer):
+        load_config(write(PLAIN), [override])
+
+
 def test_every_mistake_is_told_at_once(write: Write) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(write(PLAIN), ["seed=-1", "train.steps=0", "train.sleps=0"])

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = {"torch", "transformers", "submitit", "pynvml", "numpy", "datasets", "accelerate", "fsspec", "s3fs"}
+HEAVY = {
+    "torch", "transformers", "submitit", "pynvml", "numpy", "datasets", "accelerate", "fsspec", "s3fs", "tensorboard",
+}  # fmt: skip
 
 
 def modules_after(statement: str) -> set[str]:
@@ -23,7 +25,8 @@ def modules_after(statement: str) -> set[str]:
     "module",
     ["latentwire", "latentwire.run.status", "latentwire.config", "latentwire.preemption.handler",
      "latentwire.checkpoint.manager", "latentwire.checkpoint.mirror", "latentwire.train.agent",
-     "latentwire.monitor", "latentwire.monitor.gpu", "latentwire.workloads.jsonl",
+     "latentwire.monitor", "latentwire.monitor.gpu", "latentwire.run.curve",
+     "latentwire.run.prometheus", "latentwire.cli.metrics", "latentwire.workloads.jsonl",
      "latentwire.elastic.planner", "latentwire.workloads.pair.footprint", "latentwire.errors"],
 )  # fmt: skip
 def test_rooms_without_torch_load_none_of_the_heavy_packages(module: str) -> None:

@@ -12,9 +12,10 @@ import pytest
 from run_parts import ELSEWHERE, NOW, end_attempt, tell
 
 from latentwire.run.atomic import write_json
+from latentwire.run.curve import merged_metrics
 from latentwire.run.directory import Attempt, Run
 from latentwire.run.process import ProcessIdentity
-from latentwire.run.rollup import merged_metrics, summarise_metrics
+from latentwire.run.rollup import summarise_metrics
 from latentwire.run.status import HEARTBEAT_S, STALLED_S, run_status
 
 
