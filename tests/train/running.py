@@ -139,18 +139,16 @@ def hold(run: Run, where: str, after: int) -> None:
 
 
 def check_ledgers(folder: Path) -> None:
-    """Of every run below: its time is in one class each, and the sum is the wall clock from start to end."""
-    for path in folder.rglob("experiment_*/attempts"):
-        run = Run(path.parent)
+    """Of every run below that an agent ran: each moment is in one class, and the sum is the wall clock."""
+    for path in {path.parents[2] for path in folder.rglob("experiment_*/attempts/*/environment.json")}:
+        run = Run(path)
         now = time.time()
         ledger = ledger_of(run, now, is_running(run, now))
         spans = ledger.spans
         assert all(a.end_ms == b.begin_ms for a, b in itertools.pairwise(spans)), f"a hole in {run.path}"
         assert all(span.kind in KINDS and span.begin_ms < span.end_ms for span in spans), run.path
-        claims = [attempt.record()["claimed"] for attempt in run.attempts() if attempt.record()]
-        if claims:
-            assert spans[0].begin_ms <= round(claims[0] * 1000), run.path
-            assert round(ledger.wall_s * 1000) == spans[-1].end_ms - spans[0].begin_ms, run.path
+        assert spans[0].begin_ms <= round(run.attempts()[0].record()["claimed"] * 1000), run.path
+        assert round(ledger.wall_s * 1000) == spans[-1].end_ms - spans[0].begin_ms, run.path
 
 
 def events(attempt: Attempt, name: str, writer: str = "rank0") -> list[dict[str, Any]]:
