@@ -51,12 +51,12 @@ def _record(parser: _Parser, arguments: argparse.Namespace, end_fd: int, root_pi
     from latentwire.monitor.gpu import GPUMonitor
     from latentwire.monitor.host import HostMonitor
     from latentwire.monitor.sampler import Sampler
-    from latentwire.run.journal import Journal
+    from latentwire.monitor.thin import StatsWriter
 
     try:
         gpus = GPUMonitor(arguments.gpus)
         arguments.output_dir.mkdir(parents=True, exist_ok=True)
-        stats = Journal(arguments.output_dir / arguments.file_name)
+        stats = StatsWriter(arguments.output_dir / arguments.file_name, arguments.interval)
     except ConfigError as error:
         parser.error(str(error))
     except OSError as error:

@@ -14,7 +14,7 @@ from dataclasses import asdict
 
 from latentwire.monitor.gpu import GPUMonitor
 from latentwire.monitor.host import HostMonitor
-from latentwire.run.journal import Journal
+from latentwire.monitor.thin import StatsWriter
 from latentwire.run.process import node_name
 
 Record = dict[str, object]
@@ -25,7 +25,7 @@ class Sampler:
 
     def __init__(
         self,
-        stats: Journal,
+        stats: StatsWriter,
         host: HostMonitor,
         gpus: GPUMonitor,
         interval_s: float,

@@ -86,10 +86,10 @@ class StatsFile:
         """
         with ExitStack() as stack:
             thin, full = _open_parts(self.path, stack)
-            full_since = next((record["time"] for file in full for record in _records(file)), math.inf)
+            full_since = next((record["time"] for file in full for record in records_of(file)), math.inf)
             for file in [*thin, *full]:
                 file.seek(0)
-                self._look_at(next(_records(file), {}))
+                self._look_at(next(records_of(file), {}))
                 _seek(file, since)
                 yield from self._between(file, since, full_since if file in thin else math.inf)
 
@@ -108,19 +108,9 @@ class StatsFile:
         if "event" in record:
             self._look_at(record)
             return {"hostname": self._hostname, **record}
-        host, gpus = record.get("host"), record.get("gpus")
-        seconds = number(record.get("seconds"))
-        if seconds is None:
-            seconds = covered_s(record["time"] - self._previous_s, self._interval_s)
+        seconds = covered_s(record["time"] - self._previous_s, self._interval_s)
         self._previous_s = record["time"]
-        return {
-            **record,
-            "seconds": seconds,
-            "num_samples": number(record.get("num_samples")) or 1,
-            "hostname": self._hostname,
-            "host": host if isinstance(host, dict) else {},
-            "gpus": [gpu for gpu in gpus if _is_gpu(gpu)] if isinstance(gpus, list) else [],
-        }
+        return {"hostname": self._hostname, "seconds": seconds, **record}
 
     def _look_at(self, record: Record) -> None:
         """The first part begins with the event that says whose it is; more come where a monitor was started anew."""
@@ -213,8 +203,16 @@ def _inode(file: BinaryIO) -> int:
     return os.fstat(file.fileno()).st_ino
 
 
-def _records(file: BinaryIO) -> Iterator[Record]:
+def records_of(file: BinaryIO) -> Iterator[Record]:
+    """The sound lines of one part: events, and samples in which ``host`` is a dict and each GPU has a ``uuid``."""
     return (record for record in map(_parse, file) if record is not None)
+
+
+def first_time(path: Path) -> float | None:
+    """When a part begins; None where there is none."""
+    with suppress(OSError), path.open("rb") as file:
+        return next((float(record["time"]) for record in records_of(file)), None)
+    return None
 
 
 def _parse(line: bytes) -> Record | None:
@@ -223,7 +221,19 @@ def _parse(line: bytes) -> Record | None:
         record = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and number(record.get("time")) is not None else None
+    if not isinstance(record, dict) or number(record.get("time")) is None:
+        return None
+    return record if "event" in record else _sound(record)
+
+
+def _sound(sample: Record) -> Record:
+    host, gpus = sample.get("host"), sample.get("gpus")
+    sample["host"] = host if isinstance(host, dict) else {}
+    sample["gpus"] = [gpu for gpu in gpus if _is_gpu(gpu)] if isinstance(gpus, list) else []
+    if number(sample.get("seconds")) is None or number(sample.get("num_samples")) is None:
+        sample.pop("seconds", None)
+        sample["num_samples"] = 1
+    return sample
 
 
 def _is_gpu(value: object) -> bool:
@@ -237,7 +247,7 @@ def _seek(file: BinaryIO, since: float) -> None:
         middle = (low + high) // 2
         file.seek(middle)
         file.readline()  # the rest of a line
-        record = next(_records(file), None)
+        record = next(records_of(file), None)
         if record is None or record["time"] >= since:
             high = middle
         else:

@@ -19,6 +19,9 @@ from latentwire.run.atomic import json_safe
 
 _TAIL_BYTES = 64 * 1024
 _MOST_UNWRITTEN = 10_000
+_ENCODER = json.JSONEncoder(
+    allow_nan=False, default=lambda value: dict(value) if isinstance(value, Mapping) else str(value)
+)
 
 
 class Journal:
@@ -38,7 +41,7 @@ class Journal:
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
         self.path = path
         self._clock = clock
-        self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._descriptor = _open(path)
         size = os.fstat(self._descriptor).st_size
         self._torn = size > 0 and os.pread(self._descriptor, 1, size - 1) != b"\n"
         self._unwritten: collections.deque[dict[str, Any]] = collections.deque(maxlen=_MOST_UNWRITTEN)
@@ -63,6 +66,17 @@ class Journal:
                 self._num_lost = 0
                 self._write_events()
 
+    def reopen(self) -> None:
+        """Go on in the file that is at the path now, made if missing; for a writer that renamed the one before.
+
+        Raises:
+            OSError: it cannot be opened; lines go on to the one before.
+        """
+        with self._lock:
+            descriptor, before = _open(self.path), self._descriptor
+            self._descriptor, self._torn = descriptor, False
+            os.close(before)
+
     def sync(self) -> None:
         """Wait until all that was written is on the disk."""
         os.fsync(self._descriptor)
@@ -80,7 +94,7 @@ class Journal:
         return not self._unwritten
 
     def _write(self, fields: dict[str, Any]) -> bool:
-        line = (json.dumps(json_safe(fields), allow_nan=False, default=str) + "\n").encode()
+        line = (_encode(fields) + "\n").encode()
         data = b"\n" + line if self._torn else line  # the rest of a torn line must not swallow this one too
         try:
             num_written = os.write(self._descriptor, data)
@@ -91,6 +105,17 @@ class Journal:
         if self._torn:
             self._failure = "the disk took only a part of a line"
         return not self._torn
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+
+
+def _encode(fields: dict[str, Any]) -> str:
+    try:
+        return _ENCODER.encode(fields)
+    except (ValueError, TypeError):  # NaN, an infinity or a strange key somewhere: seldom, and slow to look for
+        return json.dumps(json_safe(fields), allow_nan=False, default=str)
 
 
 def read_journal(path: Path) -> Iterator[dict[str, Any]]:

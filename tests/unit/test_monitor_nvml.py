@@ -12,7 +12,7 @@ import pytest
 
 from latentwire.errors import ConfigError
 from latentwire.monitor import GPU, GPUMonitor, HostMonitor, Sampler, list_gpus
-from latentwire.run.journal import Journal
+from latentwire.monitor.thin import StatsWriter
 
 GIB = 1 << 30
 NOT_SUPPORTED = pynvml.NVML_ERROR_NOT_SUPPORTED
@@ -288,7 +288,7 @@ def test_the_loop_does_not_drift_and_records_a_lost_gpu(tmp_path: Path) -> None:
             nvml.failing["nvmlDeviceGetTemperature", 1] = LOST
         return len(waits_s) == 6
 
-    stats = Journal(tmp_path / "gpu_stats.jsonl", clock=lambda: clock_s)
+    stats = StatsWriter(tmp_path / "gpu_stats.jsonl", 1.0, clock=lambda: clock_s)
     host, gpus = HostMonitor(tmp_path), GPUMonitor(nvml=nvml, environ={})
     Sampler(stats, host, gpus, 1.0, wait=wait, clock=lambda: clock_s).run()
     stats.close()
