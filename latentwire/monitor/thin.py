@@ -1,8 +1,8 @@
 """Writing what a monitor sees, so that a month of it stays below 96 MiB a node, however many GPUs there are.
 
 Every sample goes to ``gpu_stats.jsonl``. When that has :data:`FULL_BYTES` it becomes ``gpu_stats.old.jsonl``, in place
-of the one before. Besides, each minute goes as one record to ``gpu_stats.thin.jsonl``, and so does each event. When that
-file has :data:`THIN_BYTES`, what lies before the samples is thinned again, to a record every 2, 4, 8.. minutes.
+of the one before. Besides, each minute goes as one record to ``gpu_stats.thin.jsonl``, and so does each event. When
+that file has :data:`THIN_BYTES`, what lies before the samples is thinned again, to a record every 2, 4, 8.. minutes.
 """
 
 from __future__ import annotations

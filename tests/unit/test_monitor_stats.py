@@ -22,7 +22,7 @@ class FakeMachine:
     """Host and one GPU whose readings are known at each time; its clock moves when the sampler waits."""
 
     def __init__(self, end_s: float, source: str = "nvml") -> None:
-        self.now_s = 1_700_000_000.0
+        self.now_s = 1_700_000_400.0
         self.start_s = self.now_s
         self.end_s = self.start_s + end_s
         self.source = source
