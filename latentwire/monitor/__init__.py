@@ -11,7 +11,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from latentwire.monitor.gpu import GPU, GPUMonitor, list_gpus
+    from latentwire.monitor.devices import GPU
+    from latentwire.monitor.gpu import GPUMonitor, list_gpus
     from latentwire.monitor.host import HostMonitor
     from latentwire.monitor.rollup import summarise
     from latentwire.monitor.sampler import Sampler
@@ -30,7 +31,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "GPU": "gpu",
+    "GPU": "devices",
     "GPUMonitor": "gpu",
     "HostMonitor": "host",
     "Sampler": "sampler",

@@ -48,13 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _record(parser: _Parser, arguments: argparse.Namespace, end_fd: int, root_pid: int | None) -> None:
     from latentwire.errors import ConfigError
-    from latentwire.monitor.gpu import GPUMonitor
+    from latentwire.monitor.gpu import open_gpus
     from latentwire.monitor.host import HostMonitor
     from latentwire.monitor.sampler import Sampler
     from latentwire.monitor.thin import StatsWriter
 
     try:
-        gpus = GPUMonitor(arguments.gpus)
+        gpus = open_gpus(arguments.gpus, arguments.interval)
         arguments.output_dir.mkdir(parents=True, exist_ok=True)
         stats = StatsWriter(arguments.output_dir / arguments.file_name, arguments.interval)
     except ConfigError as error:

@@ -1,53 +1,24 @@
 """The GPUs through NVML: which there are, and what each does.
 
 A reading that a chip or driver does not give is null. A GPU that falls off the bus gives one event and is then left
-out. A machine without a driver has no GPUs and says why in :attr:`GPUMonitor.source`; it is not an error.
+out; any other fault is an event when it begins. A machine without a driver has no GPUs and says why in
+:attr:`GPUMonitor.source`; it is not an error.
 """
 
 from __future__ import annotations
 
 import importlib
-import math
 import os
+import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, TypeAlias
 
-from latentwire.errors import ConfigError
+from latentwire.monitor.devices import GPU, Nvml, OpenedNvml
+from latentwire.monitor.faults import NOT_GIVEN, Faults, XidWatch
+from latentwire.monitor.readings import GPM_FIELDS, READINGS, SLOW_EVERY, SLOW_READINGS, Gpm
+from latentwire.monitor.smi import SmiMonitor
 
-Nvml: TypeAlias = Any
-"""The module ``pynvml``, its structures and its handles: it has no type stubs."""
-
-LOST_ERRORS = ("NVML_ERROR_GPU_IS_LOST", "NVML_ERROR_RESET_REQUIRED", "NVML_ERROR_GPU_NOT_FOUND")
-"""After any of these the device answers nothing more until someone resets it."""
-
-THROTTLE_REASONS = {
-    0x001: "gpu_idle",
-    0x002: "applications_clocks_setting",
-    0x004: "sw_power_cap",
-    0x008: "hw_slowdown",
-    0x010: "sync_boost",
-    0x020: "sw_thermal_slowdown",
-    0x040: "hw_thermal_slowdown",
-    0x080: "hw_power_brake_slowdown",
-    0x100: "display_clock_setting",
-    0x200: "board_limit",
-    0x400: "reliability",
-}
-
-
-@dataclass(frozen=True)
-class GPU:
-    """One GPU of this machine, or a slice of one that is in MIG mode."""
-
-    index: int
-    """NVML's number: PCI bus order, not narrowed by CUDA_VISIBLE_DEVICES. The slices of a GPU share it."""
-    uuid: str
-    name: str
-    memory_bytes: int
-    is_mig: bool = False
-    """A MIG slice, of which CUDA shows a process one and no other GPU."""
+Record = dict[str, object]
 
 
 def list_gpus(
@@ -68,58 +39,102 @@ def list_gpus(
     Raises:
         ConfigError: ``gpus`` names one that this machine does not have.
     """
-    opened = _Opened(nvml, gpus, environ)
+    opened = OpenedNvml(nvml, gpus, environ)
     opened.close()
     return [gpu for gpu, _ in opened.devices]
+
+
+def open_gpus(
+    gpus: Sequence[str] | None,
+    interval_s: float,
+    *,
+    nvml: Nvml = None,
+    environ: Mapping[str, str] = os.environ,
+) -> GPUMonitor | SmiMonitor:
+    """What the sampler reads: NVML, or ``nvidia-smi`` where NVML's library is missing and the program is not.
+
+    Args:
+        gpus: As in :func:`list_gpus`.
+        interval_s: Seconds between samples, which ``nvidia-smi`` has to know.
+        nvml: The NVML module; by default ``pynvml``.
+        environ: As in :func:`list_gpus`; its PATH is searched.
+
+    Raises:
+        ConfigError: ``gpus`` names one that this machine does not have.
+    """
+    nvml = nvml or importlib.import_module("pynvml")
+    try:
+        nvml.nvmlInit()
+    except nvml.NVMLError as error:
+        program = shutil.which("nvidia-smi", path=environ.get("PATH"))
+        if program is not None and error.value == nvml.NVML_ERROR_LIBRARY_NOT_FOUND:
+            return SmiMonitor(program, gpus, interval_s, environ=environ)
+        return GPUMonitor(gpus, nvml=nvml, environ=environ)
+    try:
+        return GPUMonitor(gpus, nvml=nvml, environ=environ)
+    finally:
+        nvml.nvmlShutdown()  # it counts: the monitor has opened it, too
 
 
 class GPUMonitor:
     """Samples the GPUs of this process; the sampler owns one. Close it, or use it in a ``with``."""
 
     def __init__(
-        self, gpus: Sequence[str] | None = None, *, nvml: Nvml = None, environ: Mapping[str, str] = os.environ
+        self,
+        gpus: Sequence[str] | None = None,
+        *,
+        nvml: Nvml = None,
+        environ: Mapping[str, str] = os.environ,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Open NVML and start the counters that :meth:`sample` reads; arguments and errors as :func:`list_gpus`."""
-        self._opened = _Opened(nvml, gpus, environ)
+        self._opened = OpenedNvml(nvml, gpus, environ)
         self._nvml = self._opened.nvml
-        self._devices = [(gpu, handle, _Gpm(self._nvml, handle)) for gpu, handle in self._opened.devices]
-        self._events = [{"event": "gpu_lost", **lost} for lost in self._opened.lost]
+        self._devices = [_Device(self._opened, gpu, handle) for gpu, handle in self._opened.devices]
+        self._events: list[Record] = [{"event": "gpu_lost", **lost} for lost in self._opened.lost]
+        self._faults = Faults(clock)
+        self._xids = self._watch()
 
     @property
     def gpus(self) -> list[GPU]:
         """The GPUs still sampled."""
-        return [gpu for gpu, _, _ in self._devices]
+        return [device.gpu for device in self._devices]
 
     @property
     def source(self) -> str:
         """``nvml``, or ``host only: <reason>`` where there is no GPU to sample."""
         return self._opened.source
 
-    def sample(self) -> list[dict[str, object]]:
+    def sample(self) -> list[Record]:
         """One record a GPU. Blocks for some tenths of a millisecond a GPU; never raises an NVMLError.
 
         Returns:
-            ``index``, ``uuid``, ``name`` and the fields of ``READINGS`` and ``_Gpm.FIELDS``, null where not given.
-            ``sm_active_percent`` and ``tensor_active_percent`` are means since the last call (or the opening).
-            A GPU found lost gives ``{"event": "gpu_lost", "reason": ...}`` with its identity, once.
+            ``index``, ``uuid``, ``name`` and ``readings.FIELDS``, null where not given. Those of ``GPM_FIELDS`` are
+            means since the last call (or the opening), those of ``SLOW_READINGS`` are up to ``SLOW_EVERY`` calls old.
+            Besides, with the GPU's identity: ``{"event": "gpu_lost", "reason": ...}`` of one found lost, once;
+            ``{"event": "gpu_error", "reason": ..., "readings": [...]}`` when a driver error begins, which leaves these
+            readings null; ``{"event": "gpu_xid", "xid": 31, "meaning": ...}`` when the driver reports one.
         """
-        records, self._events = self._events, []
+        records, self._events = self._events + self._xid_events(), []
         for device in list(self._devices):
-            gpu, handle, gpm = device
-            identity = {"index": gpu.index, "uuid": gpu.uuid, "name": gpu.name}
             try:
-                records.append(identity | self._readings(handle, gpm))
+                readings, errors = device.read()
             except self._nvml.NVMLError as error:
-                self._devices.remove(device)
-                gpm.close()
-                records.append({"event": "gpu_lost", **identity, "reason": str(error)})
+                self._drop(device)
+                records.append({"event": "gpu_lost", **device.gpu.identity, "reason": str(error)})
+                continue
+            records.append(device.gpu.identity | readings)
+            for reason, fields in errors.items():
+                if self._faults.is_new((device.gpu, reason)):
+                    records.append({"event": "gpu_error", **device.gpu.identity, "reason": reason, "readings": fields})
         return records
 
     def close(self) -> None:
         """Give NVML back. Afterwards there is nothing to sample."""
-        for _, _, gpm in self._devices:
-            gpm.close()
+        for device in self._devices:
+            device.close()
         self._devices = []
+        self._xids.close()
         self._opened.close()
 
     def __enter__(self) -> GPUMonitor:
@@ -130,210 +145,66 @@ class GPUMonitor:
         """Close it."""
         self.close()
 
-    def _readings(self, handle: Nvml, gpm: _Gpm) -> dict[str, object]:
-        """Every reading of one GPU; raises NVMLError only if the GPU is lost."""
-        record: dict[str, object] = {}
-        for fields, read in (*READINGS, (_Gpm.FIELDS, gpm.read)):
+    def _watch(self) -> XidWatch:
+        return XidWatch(self._nvml, [device.handle for device in self._devices])
+
+    def _xid_events(self) -> list[Record]:
+        known = {gpu.uuid: gpu.identity for gpu in self.gpus}
+        return [
+            {"event": "gpu_xid", **known.get(str(xid["uuid"]), {}), **xid}
+            for xid in self._xids.take()
+            if self._faults.is_new((xid["uuid"], xid["xid"]))
+        ]
+
+    def _drop(self, device: _Device) -> None:
+        self._devices.remove(device)
+        device.close()
+        # A set of events with a lost GPU in it answers nothing more of the others.
+        self._xids.close()
+        self._xids = self._watch()
+
+
+class _Device:
+    """One GPU that is sampled."""
+
+    def __init__(self, opened: OpenedNvml, gpu: GPU, handle: Nvml) -> None:
+        self.gpu = gpu
+        self.handle = handle
+        self._opened = opened
+        self._nvml = opened.nvml
+        self._not_given = {getattr(self._nvml, name) for name in NOT_GIVEN}
+        self._gpm = Gpm(self._nvml, handle)
+        self._always = (*READINGS, (GPM_FIELDS, self._gpm.read))
+        self._slow: Record = {}
+        self._num_reads = 0
+
+    def read(self) -> tuple[Record, dict[str, list[str]]]:
+        """Its readings, and by driver error the fields that it cost; raises NVMLError only if the GPU is lost."""
+        record: Record = {}
+        errors: dict[str, list[str]] = {}
+        if self._num_reads % SLOW_EVERY == 0:
+            self._call(SLOW_READINGS, self._slow, errors)
+        self._num_reads += 1
+        self._call(self._always, record, errors)
+        return record | self._slow, errors
+
+    def close(self) -> None:
+        self._gpm.close()
+
+    def _call(
+        self,
+        readings: Sequence[tuple[tuple[str, ...], Callable[[Nvml, Nvml], tuple[object, ...]]]],
+        record: Record,
+        errors: dict[str, list[str]],
+    ) -> None:
+        for fields, read in readings:
             values: tuple[object, ...]
             try:
-                values = read(self._nvml, handle)
+                values = read(self._nvml, self.handle)
             except self._nvml.NVMLError as error:
                 if self._opened.means_lost(error):
                     raise
+                if error.value not in self._not_given:
+                    errors.setdefault(str(error), []).extend(fields)
                 values = (None,) * len(fields)
             record.update(zip(fields, values, strict=True))
-        return record
-
-
-class _Opened:
-    """NVML opened, and the devices chosen from it."""
-
-    def __init__(self, nvml: Nvml, wanted: Sequence[str] | None, environ: Mapping[str, str]) -> None:
-        self.nvml = nvml = nvml or importlib.import_module("pynvml")
-        self._is_open = False
-        self.devices: list[tuple[GPU, Nvml]] = []
-        self.lost: list[dict[str, object]] = []
-        reason = "NVML sees no GPU"
-        try:
-            nvml.nvmlInit()
-            self._is_open = True
-            self._find_all()
-        except nvml.NVMLError as error:
-            reason = str(error)
-        visible = environ.get("CUDA_VISIBLE_DEVICES")
-        if wanted is not None:
-            self.devices = self._pick(wanted, reason)
-        elif visible is not None and self.devices:
-            self.devices = self._visible(visible)
-            reason = f"CUDA_VISIBLE_DEVICES is {visible!r}, which names no GPU of this machine"
-        self.source = "nvml" if self.devices else f"host only: {reason}"
-
-    def close(self) -> None:
-        if self._is_open:
-            self._is_open = False
-            with suppress(self.nvml.NVMLError):
-                self.nvml.nvmlShutdown()
-
-    def means_lost(self, error: Nvml) -> bool:
-        return error.value in {getattr(self.nvml, name) for name in LOST_ERRORS}
-
-    def _find_all(self) -> None:
-        nvml = self.nvml
-        for index in range(nvml.nvmlDeviceGetCount()):
-            try:
-                handle = nvml.nvmlDeviceGetHandleByIndex(index)
-                slices = self._slices(handle)
-                found = [self._identify(index, each, bool(slices)) for each in slices or [handle]]
-            except nvml.NVMLError as error:
-                # Another job's GPU, which this one has no permission to read, is no loss.
-                if self.means_lost(error):
-                    self.lost.append({"index": index, "reason": str(error)})
-            else:
-                self.devices += found
-
-    def _slices(self, gpu: Nvml) -> list[Nvml]:
-        """The MIG slices of a GPU, none of one that is not in MIG mode."""
-        nvml, slices = self.nvml, []
-        try:
-            mode, _ = nvml.nvmlDeviceGetMigMode(gpu)
-            places = nvml.nvmlDeviceGetMaxMigDeviceCount(gpu) if mode == nvml.NVML_DEVICE_MIG_ENABLE else 0
-        except nvml.NVMLError:
-            return []  # a chip that has no such mode
-        for place in range(places):
-            with suppress(nvml.NVMLError):  # nothing was made in this place
-                slices.append(nvml.nvmlDeviceGetMigDeviceHandleByIndex(gpu, place))
-        return slices
-
-    def _identify(self, index: int, handle: Nvml, is_mig: bool) -> tuple[GPU, Nvml]:
-        uuid, name = self.nvml.nvmlDeviceGetUUID(handle), self.nvml.nvmlDeviceGetName(handle)
-        return GPU(index, uuid, name, int(self.nvml.nvmlDeviceGetMemoryInfo(handle).total), is_mig), handle
-
-    def _named(self, token: str) -> list[tuple[GPU, Nvml]]:
-        """The devices of an index, or of a UUID, which CUDA lets be shortened; of a GPU in slices the first slice."""
-        if token.startswith(("GPU-", "MIG-")):
-            return [device for device in self.devices if device[0].uuid.startswith(token)]
-        return [device for device in self.devices if str(device[0].index) == token][:1]
-
-    def _pick(self, wanted: Sequence[str], reason: str) -> list[tuple[GPU, Nvml]]:
-        picked: list[tuple[GPU, Nvml]] = []
-        for token in wanted:
-            named = self._named(token)
-            if len(named) != 1:
-                here = ", ".join(str(gpu.index) for gpu, _ in self.devices) or f"none ({reason})"
-                self.close()
-                raise ConfigError(f"there is no GPU {token!r}; give indexes or UUIDs of this machine's GPUs: {here}")
-            picked += [device for device in named if device not in picked]
-        return picked
-
-    def _visible(self, value: str) -> list[tuple[GPU, Nvml]]:
-        """CUDA's own rule: the list ends at the first entry that names no device (``-1``, ``NoDevFiles``)."""
-        picked: list[tuple[GPU, Nvml]] = []
-        for token in (part.strip() for part in value.split(",")):
-            if any(token == str(lost["index"]) for lost in self.lost):
-                continue
-            named = self._named(token)
-            if len(named) != 1:
-                break
-            picked += [device for device in named if device not in picked]
-        return picked
-
-
-class _Gpm:
-    """GPU performance monitoring (Hopper and later): means over the time between two hardware samples."""
-
-    FIELDS = ("sm_active_percent", "tensor_active_percent")
-
-    def __init__(self, nvml: Nvml, handle: Nvml) -> None:
-        self._nvml = nvml
-        self._samples: list[Nvml] = []
-        self._has_previous = False
-        try:
-            if nvml.nvmlGpmQueryDeviceSupport(handle).isSupportedDevice:
-                self._samples = [nvml.nvmlGpmSampleAlloc(), nvml.nvmlGpmSampleAlloc()]
-                nvml.nvmlGpmSampleGet(handle, self._samples[0])
-                self._has_previous = True
-        except nvml.NVMLError:
-            pass  # an old chip, an old driver or no permission; if the GPU is lost, the first sample says so
-
-    def read(self, nvml: Nvml, handle: Nvml) -> tuple[float | None, ...]:
-        if not self._samples:
-            return (None, None)
-        previous, latest = self._samples
-        had_previous, self._has_previous = self._has_previous, False
-        nvml.nvmlGpmSampleGet(handle, latest)
-        self._samples, self._has_previous = [latest, previous], True
-        if not had_previous:
-            return (None, None)
-        wanted = nvml.c_nvmlGpmMetricsGet_t()
-        wanted.version = nvml.NVML_GPM_METRICS_GET_VERSION
-        wanted.sample1, wanted.sample2 = previous, latest
-        ids = (nvml.NVML_GPM_METRIC_SM_UTIL, nvml.NVML_GPM_METRIC_ANY_TENSOR_UTIL)
-        wanted.numMetrics = len(ids)
-        for metric, metric_id in zip(wanted.metrics, ids, strict=False):
-            metric.metricId = metric_id
-        nvml.nvmlGpmMetricsGet(wanted)
-        return tuple(_finite_percent(nvml, wanted.metrics[position]) for position in range(len(ids)))
-
-    def close(self) -> None:
-        for sample in self._samples:
-            with suppress(self._nvml.NVMLError):
-                self._nvml.nvmlGpmSampleFree(sample)
-        self._samples = []
-
-
-def _finite_percent(nvml: Nvml, metric: Nvml) -> float | None:
-    # Each metric has its own return code, and a window without a clock tick divides by zero.
-    if metric.nvmlReturn != nvml.NVML_SUCCESS or not math.isfinite(metric.value):
-        return None
-    percent: float = round(metric.value, 2)
-    return percent
-
-
-def _utilisation(nvml: Nvml, handle: Nvml) -> tuple[object, ...]:
-    rates = nvml.nvmlDeviceGetUtilizationRates(handle)
-    return (rates.gpu, rates.memory)
-
-
-def _memory(nvml: Nvml, handle: Nvml) -> tuple[object, ...]:
-    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-    return (memory.used, memory.total)
-
-
-def _temperature(nvml: Nvml, handle: Nvml) -> tuple[object, ...]:
-    return (nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),)
-
-
-def _power(nvml: Nvml, handle: Nvml) -> tuple[object, ...]:
-    return (nvml.nvmlDeviceGetPowerUsage(handle) / 1000,)
-
-
-def _power_limit(nvml: Nvml, handle: Nvml) -> tuple[object, ...]:
-    return (nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000,)
-
-
-def _sm_clock(nvml: Nvml, handle: Nvml) -> tuple[object, ...]:
-    return (nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),)
-
-
-def _throttle_reasons(nvml: Nvml, handle: Nvml) -> tuple[object, ...]:
-    bits = nvml.nvmlDeviceGetCurrentClocksEventReasons(handle)
-    set_bits = (1 << position for position in range(bits.bit_length()) if bits >> position & 1)
-    return ([THROTTLE_REASONS.get(bit, hex(bit)) for bit in set_bits],)
-
-
-def _processes(nvml: Nvml, handle: Nvml) -> tuple[object, ...]:
-    running = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
-    return ([{"pid": process.pid, "memory_bytes": process.usedGpuMemory} for process in running],)
-
-
-READINGS: tuple[tuple[tuple[str, ...], Callable[[Nvml, Nvml], tuple[object, ...]]], ...] = (
-    (("utilisation_percent", "memory_busy_percent"), _utilisation),
-    (("memory_used_bytes", "memory_total_bytes"), _memory),
-    (("temperature_c",), _temperature),
-    (("power_w",), _power),
-    (("power_limit_w",), _power_limit),
-    (("sm_clock_mhz",), _sm_clock),
-    (("throttle_reasons",), _throttle_reasons),
-    (("processes",), _processes),
-)
-"""Which fields each NVML call fills; a call that fails leaves all of its fields null."""

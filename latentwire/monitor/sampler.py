@@ -14,6 +14,7 @@ from dataclasses import asdict
 
 from latentwire.monitor.gpu import GPUMonitor
 from latentwire.monitor.host import HostMonitor
+from latentwire.monitor.smi import SmiMonitor
 from latentwire.monitor.thin import StatsWriter
 from latentwire.run.process import node_name
 
@@ -27,7 +28,7 @@ class Sampler:
         self,
         stats: StatsWriter,
         host: HostMonitor,
-        gpus: GPUMonitor,
+        gpus: GPUMonitor | SmiMonitor,
         interval_s: float,
         *,
         wait: Callable[[float], bool],

@@ -30,7 +30,7 @@ LONGEST_S = 86400.0
 KEPT = {"index", "memory_total_bytes", "swap_total_bytes", "disk_total_bytes", "cgroup_memory_limit_bytes"}
 """Numbers that are no readings: the last one stands."""
 HIGHEST = {
-    "memory_used_bytes", "temperature_c", "ecc_corrected", "ecc_uncorrected", "swap_used_bytes",
+    "memory_used_bytes", "temperature_c", "num_ecc_corrected", "num_ecc_uncorrected", "swap_used_bytes",
     "cgroup_memory_used_bytes", "processes_rss_bytes",
 }  # fmt: skip
 LOWEST = {"memory_available_bytes", "disk_free_bytes"}

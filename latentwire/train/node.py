@@ -19,7 +19,8 @@ from pathlib import Path
 from latentwire.config import Config
 from latentwire.elastic.inventory import Device, Inventory, cpu_model
 from latentwire.elastic.planner import Placement
-from latentwire.monitor.gpu import GPU, list_gpus
+from latentwire.monitor.devices import GPU
+from latentwire.monitor.gpu import list_gpus
 from latentwire.preemption.handler import EXIT_CODE, Notice, PreemptionHandler, blocked
 from latentwire.run.atomic import read_json, write_json
 from latentwire.run.budget import Verdict

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 from latentwire.errors import ConfigError
 from latentwire.monitor import GPU, GPUMonitor, HostMonitor, Sampler, list_gpus
+from latentwire.monitor.readings import GPM_FIELDS
 from latentwire.monitor.thin import StatsWriter
 
 GIB = 1 << 30
@@ -34,12 +36,18 @@ class FakeNVML:
         self.failing: dict[str | tuple[str, int], int] = {}
         self.num_open = 0
         self.num_gpm_samples = 0
+        self.num_event_sets = 0
+        self.watched: list[int] = []
+        self.xids: list[tuple[int, int]] = []
+        self.num_calls: dict[str, int] = {}
 
     def __getattr__(self, name: str) -> Any:
-        assert not name.startswith("nvml"), f"{name} is not faked"
-        return getattr(pynvml, name)
+        found = getattr(pynvml, name)
+        assert not (name.startswith("nvml") and callable(found)), f"{name} is not faked"
+        return found
 
     def _check(self, call: str, handle: int = -1) -> None:
+        self.num_calls[call] = self.num_calls.get(call, 0) + 1
         for key in (call, (call, handle), ("", handle)):
             if key in self.failing:
                 raise pynvml.NVMLError(self.failing[key])
@@ -104,8 +112,38 @@ class FakeNVML:
     def nvmlDeviceGetCurrentClocksEventReasons(self, handle: int) -> int:
         return pynvml.nvmlClocksEventReasonSwPowerCap | pynvml.nvmlClocksEventReasonHwThermalSlowdown | 1 << 40
 
+    def nvmlDeviceGetTotalEccErrors(self, handle: int, kind: int, counter: int) -> int:
+        self._check("nvmlDeviceGetTotalEccErrors", handle)
+        assert counter == pynvml.NVML_VOLATILE_ECC
+        return {pynvml.NVML_MEMORY_ERROR_TYPE_CORRECTED: 3, pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED: 1}[kind]
+
     def nvmlDeviceGetComputeRunningProcesses(self, handle: int) -> list[SimpleNamespace]:
-        return [SimpleNamespace(pid=4242, usedGpuMemory=7 * GIB), SimpleNamespace(pid=4243, usedGpuMemory=None)]
+        self._check("nvmlDeviceGetComputeRunningProcesses", handle)
+        gone = 1 << 30  # above the highest process id that Linux gives
+        own = SimpleNamespace(pid=os.getpid(), usedGpuMemory=7 * GIB)
+        return [own, SimpleNamespace(pid=gone, usedGpuMemory=None)]
+
+    def nvmlEventSetCreate(self) -> Any:
+        self._check("nvmlEventSetCreate")
+        self.num_event_sets += 1
+        self.watched = []
+        return "the set"
+
+    def nvmlEventSetFree(self, events: Any) -> None:
+        self.num_event_sets -= 1
+
+    def nvmlDeviceRegisterEvents(self, handle: int, kinds: int, events: Any) -> None:
+        self._check("nvmlDeviceRegisterEvents", handle)
+        assert kinds == pynvml.nvmlEventTypeXidCriticalError
+        self.watched.append(handle)
+
+    def nvmlEventSetWait_v2(self, events: Any, timeout_ms: int) -> SimpleNamespace:
+        assert timeout_ms == 0, "a sample waits for nothing"
+        watched = [xid for xid in self.xids if xid[0] in self.watched]
+        if not watched:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_TIMEOUT)
+        self.xids.remove(watched[0])
+        return SimpleNamespace(device=watched[0][0], eventData=watched[0][1])
 
     def nvmlGpmQueryDeviceSupport(self, handle: int) -> SimpleNamespace:
         self._check("nvmlGpmQueryDeviceSupport", handle)
@@ -123,9 +161,18 @@ class FakeNVML:
 
     def nvmlGpmMetricsGet(self, wanted: Any) -> None:
         self._check("nvmlGpmMetricsGet")
-        values = {pynvml.NVML_GPM_METRIC_SM_UTIL: 88.125, pynvml.NVML_GPM_METRIC_ANY_TENSOR_UTIL: float("nan")}
+        values = {
+            pynvml.NVML_GPM_METRIC_SM_UTIL: 88.125,
+            pynvml.NVML_GPM_METRIC_ANY_TENSOR_UTIL: float("nan"),
+            pynvml.NVML_GPM_METRIC_DRAM_BW_UTIL: 41.5,
+            pynvml.NVML_GPM_METRIC_PCIE_TX_PER_SEC: 2.5,
+            pynvml.NVML_GPM_METRIC_PCIE_RX_PER_SEC: 0.0,
+            pynvml.NVML_GPM_METRIC_NVLINK_TOTAL_TX_PER_SEC: 300_000.0,
+        }
         for metric in wanted.metrics[: wanted.numMetrics]:
-            metric.value = values[metric.metricId]
+            known = metric.metricId in values
+            metric.nvmlReturn = pynvml.NVML_SUCCESS if known else pynvml.NVML_ERROR_NOT_SUPPORTED
+            metric.value = values.get(metric.metricId, 17.0)
 
 
 def test_a_sample_has_every_reading() -> None:
@@ -149,9 +196,20 @@ def test_a_sample_has_every_reading() -> None:
         "power_limit_w": 700.0,
         "sm_clock_mhz": 1980,
         "throttle_reasons": ["sw_power_cap", "hw_thermal_slowdown", "0x10000000000"],
-        "processes": [{"pid": 4242, "memory_bytes": 7 * GIB}, {"pid": 4243, "memory_bytes": None}],
+        "num_ecc_corrected": 3,
+        "num_ecc_uncorrected": 1,
+        "dram_bandwidth_percent": 41.5,
+        "pcie_tx_bytes_per_s": int(2.5 * (1 << 20)),
+        "pcie_rx_bytes_per_s": 0,
+        "nvlink_tx_bytes_per_s": 300_000 << 20,
+        "nvlink_rx_bytes_per_s": None,
+        "processes": [
+            {"pid": os.getpid(), "name": Path("/proc/self/comm").read_text().strip(), "memory_bytes": 7 * GIB},
+            {"pid": 1 << 30, "name": None, "memory_bytes": None},
+        ],
     }
-    assert (nvml.num_open, nvml.num_gpm_samples) == (0, 0), "all that was opened is given back"
+    given_back = (nvml.num_open, nvml.num_gpm_samples, nvml.num_event_sets)
+    assert given_back == (0, 0, 0), "all that was opened is given back"
 
 
 @pytest.mark.parametrize(
@@ -160,16 +218,19 @@ def test_a_sample_has_every_reading() -> None:
         ("nvmlDeviceGetUtilizationRates", {"utilisation_percent", "memory_busy_percent"}),
         ("nvmlDeviceGetTemperature", {"temperature_c"}),
         ("nvmlDeviceGetPowerUsage", {"power_w"}),
-        ("nvmlGpmMetricsGet", {"sm_active_percent"}),
-        ("nvmlGpmQueryDeviceSupport", {"sm_active_percent"}),
+        ("nvmlDeviceGetTotalEccErrors", {"num_ecc_corrected", "num_ecc_uncorrected"}),
+        ("nvmlGpmMetricsGet", set(GPM_FIELDS)),
+        ("nvmlGpmQueryDeviceSupport", set(GPM_FIELDS)),
     ],
 )
 def test_a_reading_that_is_not_given_is_null(call: str, fields: set[str]) -> None:
     nvml = FakeNVML()
     nvml.failing[call] = NOT_SUPPORTED
     with GPUMonitor(nvml=nvml, environ={}) as monitor:
-        record = monitor.sample()[0]
-    assert {name for name, value in record.items() if value is None} == fields | {"tensor_active_percent"}
+        record, *others = monitor.sample()
+    not_given = {"tensor_active_percent", "nvlink_rx_bytes_per_s"}
+    assert {name for name, value in record.items() if value is None} == fields | not_given
+    assert not any("event" in other for other in others), "a chip that has no such reading is no fault"
 
 
 def test_a_chip_without_performance_monitoring_has_no_sm_active() -> None:
@@ -197,6 +258,52 @@ def test_a_lost_gpu_is_one_event_and_the_others_go_on() -> None:
             {"event": "gpu_lost", "index": 1, "uuid": UUIDS[1], "name": "NVIDIA H200", "reason": "GPU is lost"}
         ]
         assert [record["index"] for record in monitor.sample()] == [0, 2]
+
+
+def test_a_driver_error_is_one_event_until_it_was_quiet_for_long() -> None:
+    now_s, nvml = 0, FakeNVML()
+    with GPUMonitor(["1"], nvml=nvml, environ={}, clock=lambda: now_s) as monitor:
+        nvml.failing["nvmlDeviceGetTemperature"] = nvml.failing["nvmlDeviceGetPowerUsage"] = pynvml.NVML_ERROR_UNKNOWN
+        record, event = monitor.sample()
+        assert (record["temperature_c"], record["utilisation_percent"]) == (None, 97)
+        identity = {"index": 1, "uuid": UUIDS[1], "name": "NVIDIA H200"}
+        fields = ["temperature_c", "power_w"]
+        assert event == {"event": "gpu_error", **identity, "reason": "Unknown Error", "readings": fields}
+        for _ in range(3000):
+            now_s += 1
+            assert len(monitor.sample()) == 1
+        nvml.failing.clear()
+        assert monitor.sample()[0]["temperature_c"] == 61
+        nvml.failing["nvmlDeviceGetTemperature"] = pynvml.NVML_ERROR_UNKNOWN
+        now_s += 500
+        assert len(monitor.sample()) == 1, "it flickers"
+        now_s += 700
+        assert len(monitor.sample()) == 2, "it is back"
+
+
+def test_an_xid_is_an_event_and_a_storm_of_it_one() -> None:
+    nvml = FakeNVML()
+    with GPUMonitor(nvml=nvml, environ={"CUDA_VISIBLE_DEVICES": "0,1"}) as monitor:
+        nvml.xids = [(1, 31)] * 100 + [(0, 4711), (2, 79)]
+        events = [r for _ in range(3) for r in monitor.sample() if "event" in r]
+        identity = {"index": 1, "uuid": UUIDS[1], "name": "NVIDIA H200"}
+        assert events[0] == {"event": "gpu_xid", **identity, "xid": 31, "meaning": "memory page fault"}
+        assert [(event["index"], event["xid"], event["meaning"]) for event in events[1:]] == [(0, 4711, None)]
+        assert nvml.xids == [(2, 79)], "GPU 2 is not ours"
+        nvml.failing["nvmlDeviceGetTemperature", 0] = LOST
+        monitor.sample()
+        assert nvml.watched == [1]
+        nvml.xids = [(1, 79)]
+        assert [r["xid"] for r in monitor.sample() if "event" in r] == [79], "the others are watched on"
+
+
+def test_slow_calls_are_made_seldom() -> None:
+    nvml = FakeNVML()
+    with GPUMonitor(["0"], nvml=nvml, environ={}) as monitor:
+        samples = [monitor.sample()[0] for _ in range(10)]
+    assert nvml.num_calls["nvmlDeviceGetTemperature"] == 10
+    assert nvml.num_calls["nvmlDeviceGetComputeRunningProcesses"] == 2
+    assert all(sample["processes"] == samples[0]["processes"] for sample in samples)
 
 
 def test_a_gpu_lost_before_the_start_is_an_event_too() -> None:
