@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 
 UNLIMITED_BYTES = 1 << 60
 """cgroup v1 writes a huge number where there is no limit."""
-TREE_WALK_SHARE = 1 / 1000
-"""Finding a process tree reads all of /proc; it may cost this share of one core."""
+TREE_SHARE = 1 / 10_000
+"""Of one core: so much may finding the job's processes cost, which reads all of /proc, and so much reading them."""
+
+
+_MEMINFO = re.compile(r"^(MemTotal|MemAvailable|SwapTotal|SwapFree):\s+(\d+)", re.MULTILINE)
 
 
 class HostMonitor:
@@ -36,6 +41,7 @@ class HostMonitor:
         self._path = path
         self._tree = None if root_pid is None else _ProcessTree(root_pid)
         self._cgroup = _MemoryCgroup(proc, cgroups)
+        self._meminfo = proc / "meminfo"
         psutil.cpu_percent()
 
     def sample(self) -> dict[str, object]:
@@ -45,22 +51,35 @@ class HostMonitor:
             ``cpu_percent`` is the whole machine's mean since the last call (or the construction);
             ``processes_rss_bytes`` counts pages that processes share once for each.
         """
-        memory, swap = psutil.virtual_memory(), psutil.swap_memory()
+        memory = self._memory()
         disk_free_bytes, disk_total_bytes = self._disk()
         cgroup_used_bytes, cgroup_limit_bytes = self._cgroup.read()
         return {
             "cpu_percent": psutil.cpu_percent(),
             "load_1m": round(os.getloadavg()[0], 2),
-            "memory_used_bytes": memory.used,
-            "memory_available_bytes": memory.available,
-            "memory_total_bytes": memory.total,
-            "swap_used_bytes": swap.used,
-            "swap_total_bytes": swap.total,
+            **memory,
             "disk_free_bytes": disk_free_bytes,
             "disk_total_bytes": disk_total_bytes,
             "cgroup_memory_used_bytes": cgroup_used_bytes,
             "cgroup_memory_limit_bytes": cgroup_limit_bytes,
             "processes_rss_bytes": self._tree.rss_bytes() if self._tree else None,
+        }
+
+    def _memory(self) -> dict[str, int | None]:
+        """Memory and swap from one small file: psutil parses much more for it, half of what a sample would cost."""
+        try:
+            text = self._meminfo.read_text()
+        except OSError:
+            text = ""
+        sizes = {name: int(kib) << 10 for name, kib in _MEMINFO.findall(text)}
+        total, available = sizes.get("MemTotal"), sizes.get("MemAvailable")
+        swap_total = sizes.get("SwapTotal")
+        return {
+            "memory_used_bytes": _difference(total, available),
+            "memory_available_bytes": available,
+            "memory_total_bytes": total,
+            "swap_used_bytes": _difference(swap_total, sizes.get("SwapFree")),
+            "swap_total_bytes": swap_total,
         }
 
     def _disk(self) -> tuple[int | None, int | None]:
@@ -69,6 +88,10 @@ class HostMonitor:
         except OSError:
             return None, None  # a folder that vanished, or a stale NFS handle
         return disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize
+
+
+def _difference(total: int | None, rest: int | None) -> int | None:
+    return None if total is None or rest is None else total - rest
 
 
 def free_memory_bytes() -> int:
@@ -86,24 +109,41 @@ class _ProcessTree:
     def __init__(self, root_pid: int) -> None:
         self._root_pid = root_pid
         self._members: list[psutil.Process] = []
-        self._walk_after_s = 0.0
+        self._rss_bytes: int | None = None
+        self._walk = _Rationed(self._find)
+        self._look = _Rationed(self._add_up)
 
     def rss_bytes(self) -> int | None:
-        """The sum, or None once the root is gone."""
-        if time.monotonic() >= self._walk_after_s:
-            self._walk()
-        sizes = [_rss_bytes(member) for member in self._members]
-        return sum(size for size in sizes if size is not None) if sizes and sizes[0] is not None else None
+        """The sum as of some seconds ago, or None once the root is gone."""
+        self._walk()
+        self._look()
+        return self._rss_bytes
 
-    def _walk(self) -> None:
-        began_s = time.process_time()
+    def _find(self) -> None:
         try:
             root = psutil.Process(self._root_pid)
             self._members = [root, *root.children(recursive=True)]
         except psutil.Error:
             self._members = []
-        # On a node with thousands of processes a walk takes tens of milliseconds, so it is made seldom there.
-        self._walk_after_s = time.monotonic() + (time.process_time() - began_s) / TREE_WALK_SHARE
+
+    def _add_up(self) -> None:
+        sizes = [_rss_bytes(member) for member in self._members]
+        known = [size for size in sizes if size is not None]
+        self._rss_bytes = sum(known) if sizes and sizes[0] is not None else None
+
+
+class _Rationed:
+    """Does something only as often as its share of a core allows: seldom on a node with thousands of processes."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work = work
+        self._not_before_s = 0.0
+
+    def __call__(self) -> None:
+        if time.monotonic() >= self._not_before_s:
+            began_s = time.process_time()
+            self._work()
+            self._not_before_s = time.monotonic() + (time.process_time() - began_s) / TREE_SHARE
 
 
 def _rss_bytes(process: psutil.Process) -> int | None:

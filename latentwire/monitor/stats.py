@@ -28,12 +28,12 @@ what happened, and it stands for one interval."""
 _SCANNED_BYTES = 64 * 1024
 
 
-def thin_path(path: Path) -> Path:
+def thin_part(path: Path) -> Path:
     """Where the thinned records of a monitor's file lie."""
     return path.with_name(f"{path.stem}.thin{path.suffix}")
 
 
-def old_path(path: Path) -> Path:
+def old_part(path: Path) -> Path:
     """Where the samples before those in a monitor's file lie."""
     return path.with_name(f"{path.stem}.old{path.suffix}")
 
@@ -144,7 +144,7 @@ class StatsFollower:
             return records + self._go_on(file)
 
     def _rest_of_old(self) -> list[Record]:
-        with suppress(OSError), old_path(self.path).open("rb") as file:
+        with suppress(OSError), old_part(self.path).open("rb") as file:
             if os.fstat(file.fileno()).st_ino == self._inode:
                 return self._go_on(file)
         return []
@@ -182,11 +182,11 @@ def number(value: object) -> float | None:
 def _open_parts(path: Path, stack: ExitStack) -> tuple[list[BinaryIO], list[BinaryIO]]:
     """The thinned part and those with every sample, none or one and none to two of them."""
     newest = _open(path, stack)
-    before = _open(old_path(path), stack)
+    before = _open(old_part(path), stack)
     # The newest becomes the old one when the monitor goes on in a new part: if just now, both are the same file.
     if newest and before and _inode(newest[0]) == _inode(before[0]):
         before = []
-    thin = _open(thin_path(path), stack)
+    thin = _open(thin_part(path), stack)
     if not (thin or before or newest):
         path.open("rb").close()  # raises what the trouble is
     return thin, before + newest

@@ -16,7 +16,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from latentwire.monitor.stats import Record, covered_s, first_time, number, old_path, records_of, thin_path, throttled_s
+from latentwire.monitor.stats import (
+    MAX_NUMBER,
+    Record,
+    covered_s,
+    first_time,
+    old_part,
+    records_of,
+    thin_part,
+    throttled_s,
+)
 from latentwire.run.journal import Journal
 
 FULL_BYTES = 32 << 20
@@ -29,11 +38,13 @@ LONGEST_S = 86400.0
 
 KEPT = {"index", "memory_total_bytes", "swap_total_bytes", "disk_total_bytes", "cgroup_memory_limit_bytes"}
 """Numbers that are no readings: the last one stands."""
-HIGHEST = {
+HIGHEST = (
     "memory_used_bytes", "temperature_c", "num_ecc_corrected", "num_ecc_uncorrected", "swap_used_bytes",
     "cgroup_memory_used_bytes", "processes_rss_bytes",
-}  # fmt: skip
-LOWEST = {"memory_available_bytes", "disk_free_bytes"}
+)  # fmt: skip
+LOWEST = ("memory_available_bytes", "disk_free_bytes")
+EXTREMES: dict[str, Callable[..., Any]] = dict.fromkeys(HIGHEST, max) | dict.fromkeys(LOWEST, min)
+"""Of these the worst is kept, of all other readings the mean."""
 
 
 class StatsWriter:
@@ -65,7 +76,7 @@ class StatsWriter:
         self._full_bytes = self._rotate_at_bytes = full_bytes
         self._thin_bytes = self._thin_at_bytes = thin_bytes
         self._full = Journal(path, clock)
-        self._thin = Journal(thin_path(path), clock)
+        self._thin = Journal(thin_part(path), clock)
         self._fold = Fold()
         self._previous_s = math.nan
 
@@ -104,7 +115,7 @@ class StatsWriter:
         try:
             if (size := self._full.path.stat().st_size) >= self._rotate_at_bytes:
                 self._rotate_at_bytes = size + self._full_bytes // 8  # if it fails now
-                os.replace(self._full.path, old_path(self._full.path))
+                os.replace(self._full.path, old_part(self._full.path))
                 self._full.reopen()
                 self._rotate_at_bytes = self._full_bytes
             if (size := self._thin.path.stat().st_size) >= self._thin_at_bytes:
@@ -117,7 +128,7 @@ class StatsWriter:
     def _thin_again(self) -> None:
         """Halve the thinned file; blocks for a second or two, every other day with eight GPUs."""
         path, span_s = self._thin.path, THIN_S
-        full = [old_path(self._full.path), self._full.path]
+        full = [old_part(self._full.path), self._full.path]
         before_s = next((time_s for part in full if (time_s := first_time(part)) is not None), math.inf)
         while path.stat().st_size > self._thin_bytes // 2 and span_s < LONGEST_S:
             span_s *= 2
@@ -165,24 +176,27 @@ class _Readings:
     def add(self, readings: Mapping[str, Any], num_samples: int) -> None:
         values, sums, counts = self._values, self._sums, self._counts
         for name, value in readings.items():
-            old = values.get(name)
-            if old is None or name in KEPT or number(value) is None:
-                values[name] = old if value is None else value
-            elif name in HIGHEST:
-                values[name] = max(old, value)
-            elif name in LOWEST:
-                values[name] = min(old, value)
-            if name not in KEPT and number(value) is not None:
-                sums[name] = sums.get(name, 0.0) + value * num_samples
-                counts[name] = counts.get(name, 0) + num_samples
+            kind = type(value)  # this runs for each reading each second; a bool is no number here
+            if not (kind is float or kind is int) or name in KEPT:
+                if value is not None or name not in values:
+                    values[name] = value
+            elif not -MAX_NUMBER < value < MAX_NUMBER:
+                values.setdefault(name)
+            elif name in sums:
+                sums[name] += value * num_samples
+                counts[name] += num_samples
+            elif name in EXTREMES:
+                values[name] = value if values.get(name) is None else EXTREMES[name](values[name], value)
+            else:
+                values[name] = None  # its place among the others
+                sums[name], counts[name] = value * num_samples, num_samples
 
     def throttle(self, seconds: dict[str, float]) -> None:
         for reason, value in seconds.items():
             self._throttled_s[reason] = self._throttled_s.get(reason, 0.0) + value
 
     def result(self) -> Record:
-        means = {n: _rounded(self._sums[n] / self._counts[n]) for n in self._sums if n not in HIGHEST | LOWEST}
-        result = self._values | means
+        result = self._values | {name: _rounded(total / self._counts[name]) for name, total in self._sums.items()}
         if self._throttled_s:
             result["throttle_reasons"] = list(self._throttled_s)
             result["throttled_s"] = {reason: round(value, 3) for reason, value in self._throttled_s.items()}
