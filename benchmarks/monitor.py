@@ -1,6 +1,6 @@
 """What the monitor costs: processor time at its usual pace, each NVML call, and the steps of a loop beside it.
 
-``python benchmarks/monitor.py [--seconds 60] [--pairs 10] [--window-s 4] [--device cuda|cpu] [--json FILE]``
+``python benchmarks/monitor.py [--seconds 30] [--pairs 8] [--window-s 3] [--device cuda|cpu] [--json FILE]``
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ STARTS_WITHIN_S = 60.0
 def main() -> None:
     """Measure and print three tables; without a GPU only the host's row, unless a device is given."""
     parser = argparse.ArgumentParser(description="What the monitor costs.")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of each measurement of processor time")
-    parser.add_argument("--pairs", type=int, default=10, help="of windows with and without the monitor")
-    parser.add_argument("--window-s", type=float, default=4.0)
+    parser.add_argument("--seconds", type=float, default=30.0, help="of each measurement of processor time")
+    parser.add_argument("--pairs", type=int, default=8, help="of windows with and without the monitor")
+    parser.add_argument("--window-s", type=float, default=3.0)
     parser.add_argument("--device", choices=("cuda", "cpu"), help="for the loop (default: a GPU, if there is one)")
     parser.add_argument("--json", type=Path, default=Path("build/monitor-benchmark.json"))
     options = parser.parse_args()

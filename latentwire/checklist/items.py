@@ -60,6 +60,19 @@ def pair_step_is_faster(code: int, output: str) -> Judgement:
     return ratio >= 1.3 and ours[1] < plain[1], figure
 
 
+def monitor_is_cheap(code: int, output: str) -> Judgement:
+    """Processor time a GPU, and the median difference of the steps of both loops."""
+    cores = dict(re.findall(r"^\| (host only|a GPU) \| [\d.-]+ \| ([\d.-]+) \|", output, re.MULTILINE))
+    steps = dict(re.findall(r"^\| (\w+) kernels \| [\d.]+ \| ([+-][\d.]+) %", output, re.MULTILINE))
+    if code or "a GPU" not in cores or set(steps) != {"large", "small"}:
+        return False, "it did not run to its end on a GPU"
+    figure = (
+        f"{cores['a GPU']} % of a core a GPU, {cores['host only']} % the host; "
+        f"steps of large kernels {steps['large']} %, of small ones {steps['small']} %"
+    )
+    return float(cores["a GPU"]) < 0.1 and max(map(float, steps.values())) < 0.5, figure
+
+
 def reduction_is_cheap(code: int, output: str) -> Judgement:
     """The exact exchange against torch's DDP of the same run."""
     found = dict(re.findall(r"^\| ([^|]+?) \| [\d.]+ \| ([+-][\d.]+)% \|", output, re.MULTILINE))
@@ -365,6 +378,25 @@ ITEMS = (
         "The monitor records a real GPU's utilisation, SM activity, memory and processes",
         _pytest("tests/gpu/test_monitor_gpu.py"),
         tests_pass,
+        needs_gpu=True,
+    ),
+    Item(
+        "monitor-files",
+        "A month of the monitor stays below its stated size, and readers see each second of it once, also after kills",
+        _pytest("tests/unit/test_monitor_stats.py"),
+        tests_pass,
+    ),
+    Item(
+        "monitor-fallback",
+        "Where NVML's library is missing the monitor reads nvidia-smi, and leaves none behind",
+        _pytest("tests/unit/test_monitor_smi.py"),
+        tests_pass,
+    ),
+    Item(
+        "monitor-overhead",
+        "The monitor costs less than 0.1 % of a core a GPU, and the steps of a loop take as long beside it",
+        (sys.executable, "benchmarks/monitor.py"),
+        monitor_is_cheap,
         needs_gpu=True,
     ),
     Item(

@@ -86,13 +86,36 @@ def test_the_readings_follow_the_work(torch: Any, monitor: subprocess.Popen[byte
     assert highest("sm_clock_mhz") > 1000
     own = [p["memory_bytes"] for gpu in busy for p in gpu["processes"] or [] if p["pid"] == os.getpid()]
     assert own, "this process is listed with its memory"
+    assert {p["name"] for gpu in busy for p in gpu["processes"] or [] if p["pid"] == os.getpid()} != {None}
     assert max(own) >= BALLAST_BYTES
     if torch.cuda.get_device_capability(0) >= (9, 0):
         assert highest("sm_active_percent") > 80
         assert highest("tensor_active_percent") > 30
         assert idle["sm_active_percent"] < 20
+        assert highest("dram_bandwidth_percent") > 5
+        assert highest("num_ecc_uncorrected") >= 0, "a data-centre chip counts"
     summary: Any = summarise([stats])
     assert summary["gpus"][uuid]["energy_wh"] > 0
+
+
+def test_what_crosses_the_bus_is_counted(torch: Any, monitor: subprocess.Popen[bytes], tmp_path: Path) -> None:
+    if torch.cuda.get_device_capability(0) < (9, 0):
+        pytest.skip("chips before Hopper count it only in a call that waits 20 ms")
+    stats = tmp_path / "gpu_stats.jsonl"
+    await_samples(stats, 2)
+    uuid = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+    num_before = len(samples_in(stats))
+    host = torch.zeros(1 << 28, dtype=torch.uint8).pin_memory()
+    device = torch.empty_like(host, device="cuda")
+    num_bytes, began_s = 0, time.monotonic()
+    while (elapsed_s := time.monotonic() - began_s) < 3:
+        device.copy_(host)
+        torch.cuda.synchronize()
+        num_bytes += host.numel()
+    await_samples(stats, len(samples_in(stats)) + 1)
+    found = [gpu for sample in samples_in(stats)[num_before:] for gpu in sample["gpus"] if gpu["uuid"] == uuid]
+    highest = max(gpu["pcie_rx_bytes_per_s"] for gpu in found if gpu["pcie_rx_bytes_per_s"] is not None)
+    assert 0.5 < highest / (num_bytes / elapsed_s) < 2, "to the GPU is RX, in bytes"
 
 
 def test_the_inventory_agrees_with_cuda(torch: Any) -> None:

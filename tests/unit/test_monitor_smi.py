@@ -52,6 +52,18 @@ while True:
 """
 
 
+WITHOUT_LIBRARY = """
+import sys, pynvml
+from latentwire.monitor.__main__ import main
+
+def missing():
+    raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+pynvml.nvmlInit = missing
+sys.exit(main())
+"""
+
+
 class NoLibrary:
     """NVML whose library is not there; errors and constants are the real ones."""
 
@@ -151,11 +163,9 @@ def test_a_complaint_is_one_event_and_silence_ends_the_readings(program: Path) -
 
 
 def test_the_monitors_process_uses_it_and_leaves_none_behind(program: Path, tmp_path: Path) -> None:
-    if subprocess.run([sys.executable, "-c", "import pynvml; pynvml.nvmlInit()"], capture_output=True).returncode == 0:
-        pytest.skip("NVML's library is here, so nvidia-smi is not needed")
     environ = {**os.environ, "PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}"}
     environ.pop("CUDA_VISIBLE_DEVICES", None)
-    command = [sys.executable, "-m", "latentwire.monitor", "--output-dir", str(tmp_path), "--interval", "0.2"]
+    command = [sys.executable, "-c", WITHOUT_LIBRARY, "--output-dir", str(tmp_path), "--interval", "0.2"]
     monitor = subprocess.Popen([*command, "--until-stdin-closes"], env=environ, stdin=subprocess.PIPE)
     stats = tmp_path / "gpu_stats.jsonl"
 
