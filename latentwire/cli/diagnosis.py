@@ -44,9 +44,9 @@ def diagnose(
 
 def _samples(attempt: Attempt) -> list[dict[str, Any]]:
     """Of all nodes."""
-    from latentwire.run.journal import read_journal
+    from latentwire.monitor.stats import read_stats
 
-    return [sample for path in sorted(attempt.path.glob("gpu_stats*.jsonl")) for sample in read_journal(path)]
+    return list(read_stats(attempt.path))
 
 
 def _present(run: Run, key: str) -> str:

@@ -79,6 +79,8 @@ class Scrape:
                 metrics |= last_record(attempt.path / "metrics.jsonl", key) or {}
             if status.state in _ALIVE:
                 for path in (attempt.path / _STATS, *attempt.path.glob("gpu_stats.node*.jsonl")):
+                    if path.name.endswith((".old.jsonl", ".thin.jsonl")):
+                        continue  # what a node's monitor wrote before
                     node = "node0" if path.name == _STATS else path.name.split(".")[1]
                     nodes[node] = last_record(path, "gpus") or {}
         return cls(status, metrics, nodes)

@@ -8,6 +8,7 @@ import time
 from latentwire.config import Config
 from latentwire.monitor.alerts import Alerts
 from latentwire.monitor.sinks import Sinks
+from latentwire.monitor.stats import StatsFollower
 from latentwire.run.directory import Attempt
 from latentwire.run.journal import Follower, Journal
 
@@ -31,8 +32,11 @@ class AlertWatch:
         self._alerts = Alerts(config.alerts, config.checkpoint.interval_s)
         self._sinks = Sinks(config.alerts, attempt.run, self._tell_failure)
         stats = ["gpu_stats.jsonl", *(f"gpu_stats.node{node}.jsonl" for node in range(1, num_nodes))]
-        names = ["events.agent.jsonl", "events.rank0.jsonl", "metrics.jsonl", *stats]
-        self._followers = [Follower(attempt.path / name) for name in names]
+        journals = ["events.agent.jsonl", "events.rank0.jsonl", "metrics.jsonl"]
+        self._followers: list[Follower | StatsFollower] = [
+            *(Follower(attempt.path / name) for name in journals),
+            *(StatsFollower(attempt.path / name) for name in stats),
+        ]
         self._next_look = 0.0
 
     def look(self) -> None:
