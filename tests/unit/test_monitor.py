@@ -138,6 +138,12 @@ def test_by_hand_it_ends_on_a_signal(start: Start, tmp_path: Path, number: signa
     assert records_in(stats)[-1]["event"] == "monitor_stopped"
 
 
+def num_writes(pid: int) -> int:
+    """Calls of ``write`` that a process has made, failed ones too."""
+    counts = dict(line.split(": ") for line in Path(f"/proc/{pid}/io").read_text().splitlines())
+    return int(counts["syscw"])
+
+
 def test_survives_a_full_disk(start: Start, tmp_path: Path) -> None:
     disk, page_bytes = tmp_path / "disk", 4096
     disk.mkdir()
@@ -153,6 +159,9 @@ def test_survives_a_full_disk(start: Start, tmp_path: Path) -> None:
         ballast.write_bytes(bytes(15 * page_bytes))
         monitor = start(disk, "--interval", "0.01", "--until-stdin-closes")
         await_that(lambda: stats.exists() and stats.stat().st_size == page_bytes, "the last page is full")
+        # The size shows before the write has failed at the next page: one more write, and this one was in vain.
+        num_before = num_writes(monitor.pid)
+        await_that(lambda: num_writes(monitor.pid) > num_before + 1, "it tries again")
         ballast.unlink()
         await_that(lambda: any(r.get("event") == "records_lost" for r in records_in(stats)), "it writes again")
         monitor.communicate()
