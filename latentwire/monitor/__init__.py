@@ -15,15 +15,29 @@ if TYPE_CHECKING:
     from latentwire.monitor.host import HostMonitor
     from latentwire.monitor.rollup import summarise
     from latentwire.monitor.sampler import Sampler
+    from latentwire.monitor.stats import StatsFollower, read_stats, stats_files
 
-__all__ = ["GPU", "GPUMonitor", "HostMonitor", "Sampler", "list_gpus", "summarise"]
+__all__ = [
+    "GPU",
+    "GPUMonitor",
+    "HostMonitor",
+    "Sampler",
+    "StatsFollower",
+    "list_gpus",
+    "read_stats",
+    "stats_files",
+    "summarise",
+]
 
 _HOMES = {
     "GPU": "gpu",
     "GPUMonitor": "gpu",
     "HostMonitor": "host",
     "Sampler": "sampler",
+    "StatsFollower": "stats",
     "list_gpus": "gpu",
+    "read_stats": "stats",
+    "stats_files": "stats",
     "summarise": "rollup",
 }
 

@@ -19,6 +19,7 @@ from latentwire.elastic.inventory import Inventory
 from latentwire.elastic.planner import Placement, weigh
 from latentwire.errors import ConfigError, Fenced, RunBusy
 from latentwire.monitor.rollup import summarise
+from latentwire.monitor.stats import stats_files
 from latentwire.preemption.forecast import Grace, as_event, forecast, measured_before
 from latentwire.preemption.handler import PreemptionHandler
 from latentwire.run.atomic import read_json, write_json
@@ -281,7 +282,7 @@ class _Supervision:
             return
         try:
             write_json(self.run.path / "metrics.json", summarise_metrics(self.run))
-            paths = [path for a in self.run.attempts() for path in sorted(a.path.glob("gpu_stats*.jsonl"))]
+            paths = [path for attempt in self.run.attempts() for path in stats_files(attempt.path)]
             write_json(self.run.path / "gpu_stats.json", summarise(paths))
         except OSError as error:  # a full disk must not turn a good attempt into a failed one
             self.journal.event("rollup_failed", error=str(error))
