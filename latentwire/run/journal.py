@@ -19,6 +19,7 @@ from latentwire.run.atomic import json_safe
 
 _TAIL_BYTES = 64 * 1024
 _MOST_UNWRITTEN = 10_000
+_decode = json.JSONDecoder().decode  # as json.loads, which for bytes first guesses at their encoding
 
 
 class Journal:
@@ -165,7 +166,7 @@ class Follower:
 def parse_line(line: bytes) -> dict[str, Any] | None:
     """The record of a line; None for one that is half-written or holds something else."""
     try:
-        record = json.loads(line)
+        record = _decode(line.decode())
     except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
