@@ -1,7 +1,7 @@
 """How long ``latentwire status`` takes for a large fleet: 200 runs of 10 attempts, as a user sees it.
 
 ``python benchmarks/fleet.py [--runs N] [--attempts N] [--saves N]`` makes the runs in a temporary folder and prints a
-line of seconds for the first start, with cold caches of Python's own files, and the median of five more.
+line of seconds: of the first look, and the median of five more.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def make_attempt(path: Path, number: int, claimed: float, num_saves: int) -> Non
     last = first + num_saves * STEPS_PER_SAVE
     ended = claimed + (last - first) * STEP_S + 16
     said = [
-        {"time": claimed + 1, "event": "attempt_started", "total_steps": 100_000},
+        {"time": claimed + 1, "event": "attempt_started", "total_steps": 10_000_000},
         {"time": claimed + 2, "event": "placed"},
         {"time": ended - 2, "event": "notice", "signal": "SIGTERM"},
         {"time": ended, "event": "attempt_ended", "outcome": "preempted", "step": last},
@@ -83,7 +83,7 @@ def rank_events(claimed: float, first: int, num_saves: int) -> Iterator[dict[str
     """From the start to the last save."""
     yield {"time": claimed + 5, "event": "workload_built", "seconds": 3.0}
     yield {"time": claimed + 7, "event": "restored", "step": first, "seconds": 2.0}
-    yield {"time": claimed + 10, "event": "training_started", "step": first, "total_steps": 100_000}
+    yield {"time": claimed + 10, "event": "training_started", "step": first, "total_steps": 10_000_000}
     for number in range(1, num_saves + 1):
         at, step = claimed + 10 + number * STEPS_PER_SAVE * STEP_S, first + number * STEPS_PER_SAVE
         yield {"time": at, "event": "save_started", "step": step}

@@ -24,7 +24,8 @@ def fleet_text(rows: Sequence[Row], now: float, width: int, height: int) -> Text
         text.append("\n").append_text(_coloured(cells, row.status.state))
     left_out = collections.Counter(row.status.state for row in in_order[room:])
     more = ", ".join(f"{number} {state}" for state, number in left_out.items())
-    for line in [f"and {more}"] if more else notes[: max(0, height - len(lines) - 1)]:
+    below = [f"and {more}"] if more else ["", *notes][: max(0, height - len(lines) - 1)]
+    for line in below:
         text.append(f"\n{line}", style="not bold dim")
     return text
 

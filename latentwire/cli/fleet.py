@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from latentwire.cli.gpu_use import gpu_use
-from latentwire.cli.text import GAP, NOTHING, ago, aligned, bar, cut, duration, figure, one_line, sparkline
+from latentwire.cli.text import GAP, NOTHING, aligned, bar, cut, duration, figure, one_line, sparkline
 from latentwire.run.directory import Run, list_runs
 from latentwire.run.seen import SeenRun
 from latentwire.run.status import RunStatus, status_of
@@ -70,7 +70,7 @@ _COLUMNS = (
     _Column("loss", 10, lambda row, now: figure(row.status.loss), right=True),
     _Column("samples/s", 11, lambda row, now: figure(row.status.samples_per_s), right=True),
     _Column("ETA", 5, lambda row, now: duration(row.status.eta_s), right=True),
-    _Column("verified", 3, lambda row, now: ago(row.status.verified_at, now), right=True),
+    _Column("verified", 3, lambda row, now: _age(row.status.verified_at, now), right=True),
     _Column("goodput", 4, lambda row, now: percent(row.status.goodput), right=True),
     _Column("GPU", 8, lambda row, now: sparkline(row.gpu_percent, 0, 100)),
     _Column("job", 2, lambda row, now: row.job),
@@ -171,10 +171,15 @@ def _is_in_trouble(status: RunStatus) -> bool:
     return status.state in _IN_TROUBLE or status.warning is not None
 
 
+def _age(then: float | None, now: float) -> str:
+    """Clocks may differ: what comes from the future is new."""
+    return duration(None if then is None else max(0.0, now - then))
+
+
 def _progress(status: RunStatus) -> str:
     if not status.total_steps:
         return NOTHING
-    share = status.step / status.total_steps
+    share = min(1.0, status.step / status.total_steps)
     return f"{bar(share, _BAR_WIDTH)} {int(100 * share):>3} %"
 
 

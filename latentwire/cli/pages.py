@@ -69,11 +69,12 @@ class RunPage:
     def _draw(self, now: float, width: int, height: int) -> Text:
         if not self._run.path.is_dir():
             self._seen = SeenRun(self._run)  # should it come back, it is read from its beginning
-            return _head(one_line(f"{self._run.path} has vanished"), now, width)
+            return _head(one_line(f"{self._run.name} has vanished: {self._run.path}"), now, width)
         self._seen.look()
         status = status_of(self._seen, now)
         page = _head(one_line(f"{status.name}  {self._run.path}"), now, width)
         page.append_text(state_text(status.state)).append(f" {status.phase}" if status.phase else "")
+        page.append(one_line(f"  attempt {status.attempt}, job {status.job_id}") if status.attempt else "", style="dim")
         known = dict(facts(self._seen, status, now)) | self._with_pictures(status)
         gpus = _gpu_lines(self._seen) if status.state in ALIVE else []
         if gpus:
@@ -103,10 +104,10 @@ class RunPage:
 
 
 def _head(words: str, now: float, width: int) -> Text:
-    clock = time.strftime("%H:%M:%S", time.localtime(now))
-    left = cut(words, max(0, width - len(clock) - 11))
+    right = time.strftime("  %H:%M:%S  q leaves", time.localtime(now))
+    left = cut(words, max(0, width - len(right)))
     page = Text(no_wrap=True, overflow="crop")
-    page.append(left, style="bold").append(f"  {clock}  q leaves".rjust(width - len(left)), style="dim")
+    page.append(left, style="bold").append(right.rjust(width - len(left)), style="dim")
     return page.append("\n\n")
 
 

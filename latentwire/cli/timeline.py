@@ -44,7 +44,7 @@ def timeline(
 
     seen, now = SeenRun(open_run(run, runs_dir)), time.time()
     alive = is_running(seen, now)
-    entries = course_of(seen, ledger_of(seen, now, alive), whole=every)
+    entries = course_of(seen, ledger_of(seen, now, alive), now, whole=every)
     if json:
         _print_json(entries)
     elif entries:

@@ -18,9 +18,9 @@ from latentwire.run.telling import tell
 
 _WORK = ("training", "redoing")
 _WITHIN_WORK = ("saving", "evaluating")
-_ROUTINE = ("save_committed", "evaluation_finished", "mirror_committed")
-_SAID_BY_SPANS = ("workload_built", "training_started", "draining", "attempt_started")
-_EXPLAINS = {"restored": "restoring", "notice": "draining"}
+_ROUTINE = ("save_staged", "save_committed", "evaluation_finished", "mirror_committed")
+_SAID_BY_SPANS = ("workload_built", "training_started", "draining")
+_EXPLAINS = {"attempt_started": "starting", "warmup_started": "starting", "restored": "restoring", "notice": "draining"}
 _SHORT_MS = 100
 
 
@@ -43,28 +43,36 @@ class Entry:
     words: str
 
 
-def course_of(run: SeenRun, ledger: Ledger, whole: bool = False) -> list[Entry]:
+def course_of(run: SeenRun, ledger: Ledger, now: float, whole: bool = False) -> list[Entry]:
     """What happened, in order of time; a stretch comes before the events in it.
 
     Args:
         run: as it was seen.
         ledger: of the same look.
+        now: with which the ledger was made; a stretch that ends then goes on.
         whole: each span and event by itself, however short or frequent.
     """
     events = list(_events(run))
+    events_of = {number: [e for e in events if e["attempt"] == number] for number in {e["attempt"] for e in events}}
     stretches = [_Stretch((span,)) for span in ledger.spans] if whole else _stretches(ledger.spans)
     steps = _Steps(run)
     entries = []
     told: set[int] = set()
     for stretch in stretches:
-        within = [] if whole else [e for e in events if id(e) not in told and stretch.explained_by(e)]
+        within = [] if whole else [e for e in events_of.get(stretch.attempt, ()) if stretch.explained_by(e)]
         told.update(map(id, within))
-        entries.append(stretch.entry(within, steps))
+        entries.append(stretch.entry(within, steps, round(now * 1000)))
     for event in events:
         words = tell(event)
         if words is not None and (whole or (id(event) not in told and event.get("event") not in _SAID_BY_SPANS)):
             entries.append(Entry(time_of(event), None, event["attempt"], str(event.get("event")), words))
-    return sorted(entries, key=lambda entry: (round(entry.time, 3), entry.seconds is None))
+    return sorted(entries, key=_place)
+
+
+def _place(entry: Entry) -> tuple[float, int]:
+    """Of entries of the same time: how the attempt before ended, then what begins, then what is told of it."""
+    rank = 0 if entry.kind == "attempt_ended" else 1 if entry.seconds is not None else 2
+    return round(entry.time, 3), rank
 
 
 def _events(run: SeenRun) -> Iterator[dict[str, Any]]:
@@ -84,42 +92,46 @@ class _Stretch:
     def kind(self) -> str:
         return self.spans[0].kind
 
+    @property
+    def attempt(self) -> int | None:
+        return self.spans[0].attempt
+
     def takes(self, span: Span) -> bool:
         """Whether a span that follows is told in the same entry."""
-        if span.attempt != self.spans[0].attempt:
+        if span.attempt != self.attempt:
             return False
         within = self.kind in _WORK and (span.kind in _WITHIN_WORK or span.kind == self.kind)
         return within or span.end_ms - span.begin_ms < _SHORT_MS
 
     def explained_by(self, event: dict[str, Any]) -> bool:
-        """Whether the event is told in the same words."""
-        at_ms, name = round(time_of(event) * 1000), event.get("event")
-        if event["attempt"] != self.spans[0].attempt or not self.spans[0].begin_ms <= at_ms <= self.spans[-1].end_ms:
-            return False
-        return name in _ROUTINE if self.kind in _WORK else _EXPLAINS.get(str(name)) == self.kind
+        """Whether the event, of the same attempt, is told in the same words."""
+        begin, at, end = self.spans[0].begin_ms, round(time_of(event) * 1000), self.spans[-1].end_ms
+        name = event.get("event")
+        if self.kind in _WORK:
+            return name in _ROUTINE and begin < at <= end  # it is told when it is done, and belongs to what it followed
+        return _EXPLAINS.get(str(name)) == self.kind and begin <= at <= end
 
-    def entry(self, within: Sequence[dict[str, Any]], steps: _Steps) -> Entry:
+    def entry(self, within: Sequence[dict[str, Any]], steps: _Steps, now_ms: int) -> Entry:
         begin, end = self.spans[0].begin_ms, self.spans[-1].end_ms
-        words = self._words(within, steps)
-        return Entry(begin / 1000, (end - begin) / 1000, self.spans[0].attempt, self.kind, words)
+        words = ", ".join(filter(None, (self._words(within, steps), "so far" if end == now_ms else "")))
+        return Entry(begin / 1000, (end - begin) / 1000, self.attempt, self.kind, words)
 
     def _words(self, within: Sequence[dict[str, Any]], steps: _Steps) -> str:
-        first = self.spans[0]
-        if self.kind in _WORK and first.attempt is not None:
-            return ", ".join([steps.done(first.attempt, self.kind), *self._besides(within)])
+        if self.kind in _WORK and self.attempt is not None:
+            return ", ".join([steps.done(self.attempt, self.kind), *self._besides(within)])
         if within:
-            return "; ".join(filter(None, map(tell, within)))
-        return first.cause if self.kind in ("queued", "failed", "stopped") else ""
+            return "; ".join(filter(None, map(tell, within))) or "warm-up"
+        return self.spans[0].cause if self.kind in ("queued", "failed", "stopped") else ""
 
     def _besides(self, within: Sequence[dict[str, Any]]) -> Iterator[str]:
         for event, kind, one, many in (
-            ("save_committed", "saving", "save", "saves"),
+            ("save_staged", "saving", "save", "saves"),
             ("evaluation_finished", "evaluating", "evaluation", "evaluations"),
         ):
             number = sum(e.get("event") == event for e in within)
             waited_s = sum(span.seconds for span in self.spans if span.kind == kind)
             if number or waited_s:
-                yield f"{number} {one if number == 1 else many}" + (f" ({waited_s:.3g} s)" if waited_s else "")
+                yield f"{number} {one if number == 1 else many} in {waited_s:.3g} s"
 
 
 def _stretches(spans: Sequence[Span]) -> list[_Stretch]:

@@ -78,7 +78,7 @@ class SeenAttempt(Attempt):
         for path in self.event_files():
             follower = self._followers.setdefault(path.name, Follower(path))
             new += self._signed(follower.read(), path)
-        self._events = sorted(self._events + new, key=time_of) if new else self._events
+        self._events = sorted(self._events + new, key=_place) if new else self._events
         self._end = next((e for e in reversed(self._events) if _is_last_word(e)), None)
         return bool(new)
 
@@ -122,3 +122,8 @@ class SeenAttempt(Attempt):
 
 def _is_last_word(event: dict[str, Any]) -> bool:
     return event["writer"] == "agent" and event.get("event") == "attempt_ended"
+
+
+def _place(event: dict[str, Any]) -> tuple[float, str]:
+    """The order of ``Attempt.events``, whichever file was read on first."""
+    return time_of(event), event["writer"]
