@@ -7,15 +7,15 @@ from collections.abc import Sequence
 
 from rich.text import Text
 
-from latentwire.cli.fleet import COLOURS, STATE_COLUMN, Row, table
+from latentwire.cli.fleet import ALIVE, COLOURS, STATE_COLUMN, Row, table
 from latentwire.cli.text import GAP
 
 _OVER = ("DONE", "CANCELLED", "STOPPED")
 
 
 def fleet_text(rows: Sequence[Row], now: float, width: int, height: int) -> Text:
-    """The table of the runs that there is room for: those that move first, then those that wait, then those over."""
-    in_order = sorted(rows, key=lambda row: (row.status.state in _OVER, row.status.state == "PENDING"))
+    """The table of the runs that there is room for: those that run first, those that are over last."""
+    in_order = sorted(rows, key=lambda row: _place(row.status.state))
     room = max(1, height - 2)  # the header, and what is left out
     shown = in_order[:room] if len(in_order) > room else in_order
     (header, *lines), notes = table(shown, now, width)
@@ -28,6 +28,10 @@ def fleet_text(rows: Sequence[Row], now: float, width: int, height: int) -> Text
     for line in below:
         text.append(f"\n{line}", style="not bold dim")
     return text
+
+
+def _place(state: str) -> int:
+    return 0 if state in ALIVE else 2 if state == "PENDING" else 3 if state in _OVER else 1
 
 
 def state_text(state: str) -> Text:

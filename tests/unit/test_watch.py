@@ -35,7 +35,7 @@ def test_the_fleet_is_drawn_anew_as_it_changes(home: Path) -> None:
         shutil.rmtree(home / "runs" / "experiment_stalled")
         assert "stalled" not in terminal.wait_for("11 runs in", "\nstopped").rpartition("11 runs in")[2]
         terminal.resize(60, 10)
-        terminal.wait_for("and 1 PENDING, 1 CANCELLED, 1 DONE, 1 STOPPED")
+        terminal.wait_for("and 1 RETRYING, 1 PENDING, 1 CANCELLED, 1 DONE, 1 STOPPED")
         hostile = make_run(home, "hostile").claim_attempt("1", "local")
         ended = {"outcome": "failed", "error": "\x1b]0;owned\x07\x1b[2J"}
         write_events(hostile, "agent", (time.time(), "attempt_ended", ended))
