@@ -356,7 +356,7 @@ ITEMS = (
     ),
     Item(
         "terminal",
-        "status, watch and timeline fit their terminal, obey nothing in a file, and are upset by no half line or lost folder",
+        "status, watch and timeline fit their terminal, obey no file, and no half line or vanished folder upsets them",
         _pytest(
             "tests/unit/test_cli_status.py",
             "tests/unit/test_seen.py",
