@@ -64,7 +64,7 @@ def course_of(run: SeenRun, ledger: Ledger, now: float, whole: bool = False) -> 
         entries.append(stretch.entry(within, steps, round(now * 1000)))
     for event in events:
         words = tell(event)
-        if words is not None and (whole or (id(event) not in told and event.get("event") not in _SAID_BY_SPANS)):
+        if words is not None and (whole or (id(event) not in told and _is_news(event))):
             entries.append(Entry(time_of(event), None, event["attempt"], str(event.get("event")), words))
     return sorted(entries, key=_place)
 
@@ -73,6 +73,12 @@ def _place(entry: Entry) -> tuple[float, int]:
     """Of entries of the same time: how the attempt before ended, then what begins, then what is told of it."""
     rank = 0 if entry.kind == "attempt_ended" else 1 if entry.seconds is not None else 2
     return round(entry.time, 3), rank
+
+
+def _is_news(event: dict[str, Any]) -> bool:
+    """Whether it says more than the spans do. A forecast is news where a notice would not fit."""
+    name = event.get("event")
+    return name not in _SAID_BY_SPANS and (name != "forecast" or bool(event.get("warning")))
 
 
 def _events(run: SeenRun) -> Iterator[dict[str, Any]]:

@@ -31,6 +31,7 @@ def train(attempt: Attempt, begin: float, first: int, last: int, total: int = 10
         "agent",
         (begin, "attempt_started", {"job_id": "4711", "total_steps": total}),
         (begin + 2, "placed", {"devices": [["cuda:0"], ["cuda:1"]], "why": "two GPUs"}),
+        (begin + 2, "forecast", {"needs_s": 2.5, "grace_s": 20.0}),
     )
     at = begin + 10
     events: list[tuple[float, str, dict[str, Any]]] = [

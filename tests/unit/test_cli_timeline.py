@@ -55,6 +55,15 @@ def test_stretches_fill_the_wall_clock_and_all_tells_each_save(home: Path) -> No
     assert [e["kind"] for e in whole].count("save_committed") == 21
 
 
+def test_a_forecast_is_told_where_a_notice_would_not_fit(home: Path) -> None:
+    run = running(home)
+    assert "notice fits" not in printed(home, "timeline", "running")
+    assert "notice fits" in printed(home, "timeline", "running", "--all")
+    short = {"warning": "a notice saves nothing", "advice": "save sooner"}
+    write_events(run.attempts()[-1], "rank0", (time.time(), "forecast", short))
+    assert "WARNING a notice saves nothing. To change it: save sooner" in printed(home, "timeline", "running")
+
+
 def test_ten_thousand_saves_are_one_line(home: Path) -> None:
     attempt = make_run(home).claim_attempt("1", "local")
     begin = time.time() - 20_000
