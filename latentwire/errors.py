@@ -18,7 +18,8 @@
     │   └── MirrorError        the second home of the checkpoints cannot be read or written
     ├── WorkloadError          a model, data file or workload class cannot be used
     ├── SchedulerError         a job could not be submitted, found or cancelled
-    └── TrainingDiverged       more non-finite or exploding steps than allowed
+    ├── TrainingDiverged       more non-finite or exploding steps than allowed
+    └── TerminalNeeded         a command draws on a terminal, and there is none
 
 Each message says what is wrong, where, and what to do about it.
 """
@@ -100,3 +101,7 @@ class SchedulerError(LatentWireError):
 
 class TrainingDiverged(LatentWireError):
     """More non-finite or exploding steps in a run than the config allows."""
+
+
+class TerminalNeeded(LatentWireError):
+    """A command draws on a terminal, and there is none."""

@@ -368,6 +368,17 @@ ITEMS = (
         fast_enough(0.3),
     ),
     Item(
+        "terminal",
+        "status, watch and timeline fit their terminal, obey no file, and no half line or vanished folder upsets them",
+        _pytest(
+            "tests/unit/test_cli_status.py",
+            "tests/unit/test_seen.py",
+            "tests/unit/test_cli_timeline.py",
+            "tests/unit/test_watch.py",
+        ),
+        tests_pass,
+    ),
+    Item(
         "layers",
         "Rooms import downwards only, and one heavy dependency lives in one room",
         ("lint-imports",),

@@ -20,6 +20,8 @@ from latentwire.cli.metrics import metrics, track
 from latentwire.cli.plan import plan
 from latentwire.cli.simulate import simulate
 from latentwire.cli.starting import run, submit
+from latentwire.cli.timeline import timeline
+from latentwire.cli.watch import watch
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -53,6 +55,8 @@ def _listed_here_run_by_main() -> None:
     status.main([])
 
 
+app.command()(watch)
+app.command()(timeline)
 app.command()(run)
 app.command()(submit)
 app.command()(plan)

@@ -11,17 +11,15 @@ from pathlib import Path
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
 from rich.text import Text
 
+from latentwire.cli.drawing import fleet_text
+from latentwire.cli.fleet import Row
 from latentwire.cli.text import duration, figure, one_line
 from latentwire.run.status import RunStatus
 
 _LINES_SHOWN = 8
-_FINISHED = ("DONE", "CANCELLED", "STOPPED")
 _PLAIN_EVERY_S = 10.0
-_COLOURS = {"RUNNING": "green", "DONE": "bold green", "FAILED": "bold red", "STALLED": "red", "PREEMPTED": "yellow"}
 
 
 class Board(logging.Handler):
@@ -64,8 +62,9 @@ class Board(logging.Handler):
         """Draw the present state: on a terminal of all runs that there is room for, elsewhere of those that changed."""
         if self._live is not None:
             lines = Text("\n".join(self._recent), style="dim", overflow="ellipsis", no_wrap=True)
-            room = max(1, self._console.height - _LINES_SHOWN - 3)
-            self._live.update(Group(*_table(statuses, room), lines), refresh=True)
+            room = self._console.height - _LINES_SHOWN - 1
+            runs = fleet_text([Row(status) for status in statuses], time.time(), self._console.width, room)
+            self._live.update(Group(runs, lines), refresh=True)
             return
         for status in statuses:
             self._show_plainly(status)
@@ -122,33 +121,3 @@ def _line(status: RunStatus) -> str:
     if status.reason or status.warning:
         words.append(status.reason or status.warning or "")
     return one_line(", ".join(words))
-
-
-def _table(statuses: Sequence[RunStatus], room: int) -> list[Table | Text]:
-    """The runs that move first, then those that wait, then those that are over."""
-    table = Table(expand=True, box=None, header_style="bold")
-    for name in ("run", "state", "attempt", "progress", "step", "loss", "samples/s", "ETA", "preempted"):
-        table.add_column(name, no_wrap=True, ratio=2 if name == "progress" else None)
-    in_order = sorted(statuses, key=lambda s: (s.state in _FINISHED, s.state == "PENDING"))
-    for status in in_order[:room]:
-        _add_row(table, status)
-    left_out = collections.Counter(status.state for status in in_order[room:])
-    more = ", ".join(f"{number} {state}" for state, number in left_out.items())
-    return [table, Text(f"and {more}", style="dim")] if more else [table]
-
-
-def _add_row(table: Table, status: RunStatus) -> None:
-    state = Text(status.state, style=_COLOURS.get(status.state, ""))
-    if status.phase:
-        state.append(f" {status.phase}", style="dim")
-    table.add_row(
-        Text(status.name),
-        state,
-        str(status.attempt),
-        ProgressBar(total=status.total_steps or 1, completed=status.step),
-        f"{status.step}/{status.total_steps or '?'}",
-        figure(status.loss),
-        figure(status.samples_per_s),
-        duration(status.eta_s),
-        str(status.num_preemptions),
-    )

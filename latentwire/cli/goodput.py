@@ -43,10 +43,11 @@ def goodput(
 
 def _ledger(run: Run) -> Ledger:
     from latentwire.run.goodput import ledger_of
+    from latentwire.run.seen import SeenRun
     from latentwire.run.status import is_running
 
-    now = time.time()
-    return ledger_of(run, now, is_running(run, now))
+    seen, now = SeenRun(run), time.time()
+    return ledger_of(seen, now, is_running(seen, now))
 
 
 def _print_json(ledgers: dict[str, Ledger], total: Ledger) -> None:

@@ -81,10 +81,11 @@ def simulate(
 
 def _ledger(run: Run) -> Ledger:
     from latentwire.run.goodput import ledger_of
+    from latentwire.run.seen import SeenRun
     from latentwire.run.status import is_running
 
-    now = time.time()
-    return ledger_of(run, now, is_running(run, now))
+    seen, now = SeenRun(run), time.time()
+    return ledger_of(seen, now, is_running(seen, now))
 
 
 def _windows_of_folder(path: Path) -> list[Window]:

@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from latentwire.cli import DEFAULT_RUNS_DIR
-from latentwire.cli.text import NOTHING, ago, coloured, columns, duration, figure, one_line
-from latentwire.run.directory import list_runs, open_run
-from latentwire.run.status import run_status
+from latentwire.cli.fleet import ALIVE, COLOURS, STATE_COLUMN, Fleet, Row, percent, table
+from latentwire.cli.gpu_use import gpu_use
+from latentwire.cli.text import (
+    GAP,
+    NOTHING,
+    ago,
+    columns,
+    duration,
+    figure,
+    one_line,
+    painted,
+    sparkline,
+    terminal_width,
+)
+from latentwire.run.directory import open_run
+from latentwire.run.seen import SeenRun
+from latentwire.run.status import status_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from latentwire.run.directory import Attempt, Run
     from latentwire.run.status import RunStatus
 
 SUMMARY = "Show how the runs are doing, or one of them in detail."
-
-_HEADER = (
-    "run", "state", "attempt", "preempted", "step", "loss", "samples/s", "ETA", "verified checkpoint", "reason",
-)  # fmt: skip
-_GREEN, _YELLOW, _RED = "\x1b[32m", "\x1b[33m", "\x1b[31m"
-_AS_BEFORE = "\x1b[0m"
-_COLOURS = {"RUNNING": _GREEN, "STALLED": _YELLOW, "LOST": _YELLOW, "FAILED": _RED}
-_ALIVE = ("RUNNING", "STALLED")
 
 
 def main(arguments: list[str]) -> None:
@@ -47,27 +57,30 @@ def main(arguments: list[str]) -> None:
 
 
 def _show_fleet(runs_dir: Path, json: bool, live: bool) -> None:
-    runs = list_runs(runs_dir)
-    statuses = [run_status(run) for run in runs]
-    jobs = _jobs(runs) if live else {}
+    now, fleet = time.time(), Fleet(runs_dir)
+    rows = fleet.look(now)
+    jobs = _jobs(fleet.runs) if live else {}
     if json:
-        print("[" + ",\n ".join(_to_json(each, jobs) for each in statuses) + "]")
-    elif not statuses:
+        print("[" + ",\n ".join(_to_json(row.status, jobs) for row in rows) + "]")
+    elif rows:
+        _print_fleet([dataclasses.replace(row, job=jobs.get(row.status.name, "")) for row in rows], now)
+    elif not fleet.unreadable:
         print(one_line(f"no runs in {runs_dir.absolute()}"))
-    else:
-        _print_fleet(statuses, jobs)
+    for trouble in fleet.unreadable:
+        print(f"latentwire: {one_line(trouble)}", file=sys.stderr)
 
 
 def _show_run(run: Run, json: bool, live: bool) -> None:
-    state = run_status(run)
-    jobs = _jobs([run]) if live else {}
+    seen, now = SeenRun(run), time.time()
+    status = status_of(seen, now)
+    jobs = _jobs([seen]) if live else {}
     if json:
-        print(_to_json(state, jobs))
+        print(_to_json(status, jobs))
     else:
-        _print_run(run, state, jobs)
+        _print_run(seen, status, jobs, now)
 
 
-def _jobs(runs: list[Run]) -> dict[str, str]:
+def _jobs(runs: Sequence[Run]) -> dict[str, str]:
     from latentwire.cli.live import jobs_in_words
 
     return jobs_in_words(runs)
@@ -77,41 +90,35 @@ def _to_json(state: RunStatus, jobs: dict[str, str]) -> str:
     return state.to_json({"job": jobs[state.name]} if jobs else {})
 
 
-def _print_fleet(statuses: list[RunStatus], jobs: dict[str, str]) -> None:
-    now = time.time()
-    rows = [list(_HEADER), *(list(_row(each, now)) for each in statuses)]
+def _print_fleet(rows: list[Row], now: float) -> None:
+    (header, *lines), notes = table(rows, now, terminal_width())
+    print(GAP.join(header).rstrip())
+    for cells, row in zip(lines, rows, strict=True):
+        cells[STATE_COLUMN] = painted(cells[STATE_COLUMN], COLOURS.get(row.status.state, ""))
+        print(GAP.join(cells).rstrip())
+    if notes:
+        print("\n" + "\n".join(notes))
+
+
+def _print_run(run: SeenRun, state: RunStatus, jobs: Mapping[str, str], now: float) -> None:
+    rows = facts(run, state, now)
     if jobs:
-        for row, cell in zip(rows, ["job", *(jobs[each.name] for each in statuses)], strict=True):
-            row.insert(-1, cell)  # reasons are long and stay last
-    header, *lines = columns(rows)
-    print(header)
-    for line, each in zip(lines, statuses, strict=True):
-        colour = _COLOURS.get(each.state) if coloured() else None
-        print(f"{colour}{line}{_AS_BEFORE}" if colour else line)
+        rows.insert(STATE_COLUMN, ("job", jobs[state.name]))
+    print("\n".join(columns(rows)))
+    attempts = run.attempts()
+    if attempts:
+        header = ("attempt", "job", "started", "ran", "outcome", "step", "error")
+        running = attempts[-1] if state.state in ALIVE else None
+        lines = [_attempt_row(attempt, attempt is running, now) for attempt in attempts]
+        print("\n" + "\n".join(columns([header, *lines])))
 
 
-def _row(state: RunStatus, now: float) -> tuple[str, ...]:
-    return (
-        state.name,
-        state.state,
-        str(state.attempt),
-        str(state.num_preemptions),
-        f"{state.step}/{figure(state.total_steps)}",
-        figure(state.loss),
-        figure(state.samples_per_s),
-        duration(state.eta_s),
-        ago(state.verified_at, now),
-        state.reason or state.warning or state.phase or "",
-    )
-
-
-def _print_run(run: Run, state: RunStatus, jobs: dict[str, str]) -> None:
-    now = time.time()
-    facts = {
+def facts(run: SeenRun, state: RunStatus, now: float) -> list[tuple[str, str]]:
+    """A run in detail: what is known of it, each with its name."""
+    known = {
         "run": state.name,
         "state": state.state + (f", {state.phase}" if state.phase else ""),
         "reason": state.reason,
-        "job": jobs.get(state.name),
         "step": f"{state.step} of {figure(state.total_steps)}",
         "loss": figure(state.loss),
         "samples/s": figure(state.samples_per_s),
@@ -120,24 +127,26 @@ def _print_run(run: Run, state: RunStatus, jobs: dict[str, str]) -> None:
         "verified": ago(state.verified_at, now),
         "notice": _notice(state),
         "advice": state.advice,
+        "goodput": percent(state.goodput),
+        "GPUs": _gpus(run) if state.state in ALIVE else None,
         "preempted": "once" if state.num_preemptions == 1 else f"{state.num_preemptions} times",
         "orchestrator": _orchestrator(run),
         "weights": state.weights_sha256 and f"SHA-256 {state.weights_sha256}",
         "directory": state.path,
     }
-    print("\n".join(columns([(key, value) for key, value in facts.items() if value and value != NOTHING])))
-    attempts = run.attempts()
-    if attempts:
-        header = ("attempt", "job", "started", "ran", "outcome", "step", "error")
-        running = attempts[-1] if state.state in _ALIVE else None
-        rows = [_attempt_row(attempt, attempt == running, now) for attempt in attempts]
-        print("\n" + "\n".join(columns([header, *rows])))
+    return [(key, value) for key, value in known.items() if value and value != NOTHING]
 
 
 def _notice(state: RunStatus) -> str | None:
     if state.warning or state.notice_needs_s is None:
         return state.warning
     return f"needs {figure(state.notice_needs_s)} s of {figure(state.grace_s)} s grace"
+
+
+def _gpus(run: SeenRun) -> str | None:
+    use = gpu_use(run.attempts()[-1])
+    known = [each for each in use if each is not None]
+    return f"{sparkline(use, 0, 100)} {known[-1]:.0f} % busy" if known else None
 
 
 def _orchestrator(run: Run) -> str:

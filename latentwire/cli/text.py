@@ -6,12 +6,15 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 NOTHING = "-"
-_GAP = "  "
+GAP = "  "
 _RECENT_S = 2.0
+_ANSI = {"green": "\x1b[32m", "yellow": "\x1b[33m", "cyan": "\x1b[36m", "red": "\x1b[31m"}
+_AS_BEFORE = "\x1b[0m"
+_BLOCKS = "▁▂▃▄▅▆▇█"
 
 # C0 but for tab and newline, DEL and C1; marks that turn the direction of writing; halves of characters
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -69,15 +72,50 @@ def figure(value: Any) -> str:
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:
     """One line for each row, its cells aligned; on a terminal cut to its width."""
+    lines = [GAP.join(row).rstrip() for row in aligned(rows)]
+    limit = terminal_width()
+    return lines if limit is None else [cut(line, limit) for line in lines]
+
+
+def aligned(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[list[str]]:
+    """The cells on one line each and as wide as their columns; those of the columns ``right`` end alike."""
     cells = [[one_line(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [_GAP.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
-    if not sys.stdout.isatty():
-        return lines
-    limit = max(20, shutil.get_terminal_size().columns)
-    return [line if len(line) <= limit else line[: limit - 1] + "…" for line in lines]
+    sides = [str.rjust if index in right else str.ljust for index in range(len(widths))]
+    return [[side(cell, width) for side, cell, width in zip(sides, row, widths, strict=True)] for row in cells]
+
+
+def cut(line: str, limit: int) -> str:
+    """The line, or as much of it as there is room for."""
+    return line if len(line) <= limit else line[: max(0, limit - 1)] + "…"
+
+
+def terminal_width() -> int | None:
+    """How many columns the terminal has; None where what is printed goes to a file or another program."""
+    return max(20, shutil.get_terminal_size().columns) if sys.stdout.isatty() else None
+
+
+def sparkline(values: Sequence[float | None], low: float, high: float) -> str:
+    """One block for each value, the higher the larger; a gap where there is none."""
+    return "".join(" " if value is None else _BLOCKS[_eighth(value, low, high)] for value in values)
+
+
+def _eighth(value: float, low: float, high: float) -> int:
+    share = (value - low) / (high - low) if high > low else 0.0
+    return min(7, max(0, int(share * 8)))
+
+
+def bar(share: float, width: int) -> str:
+    """How much is done."""
+    done = round(min(1.0, max(0.0, share)) * width)
+    return "━" * done + "╌" * (width - done)
 
 
 def coloured() -> bool:
     """Whether colours are welcome: a terminal, and NO_COLOR (https://no-color.org) not set."""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+def painted(text: str, colour: str) -> str:
+    """The text in that colour, where colours are welcome; ``""`` is none."""
+    return f"{_ANSI[colour]}{text}{_AS_BEFORE}" if colour and coloured() else text

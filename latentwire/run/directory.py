@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import os
 import re
 import shutil
@@ -38,10 +39,12 @@ from typing import TYPE_CHECKING, Any
 
 from latentwire.errors import Fenced, RunConflict, RunError, RunNotFound
 from latentwire.run.atomic import fsync_directory, make_directory, read_json, write_json, write_text
-from latentwire.run.journal import read_journal, time_of
+from latentwire.run.journal import last_record, read_journal, time_of
 from latentwire.run.process import ProcessIdentity
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from latentwire.config import Config
 
 PREFIX = "experiment_"
@@ -78,6 +81,14 @@ class Run:
     def orchestrator_events(self) -> Path:
         """The orchestrator's own journal."""
         return self.path / "events.orchestrator.jsonl"
+
+    def own_events(self) -> list[dict[str, Any]]:
+        """The events of its orchestrators, in the order in which they were written."""
+        return list(read_journal(self.orchestrator_events))
+
+    def is_cancelled(self) -> bool:
+        """Whether nobody is to start it any more."""
+        return self.cancel_path.exists()
 
     def config(self) -> Config:
         """The run's resolved config.
@@ -193,7 +204,7 @@ class Attempt:
     run: Run
     number: int
 
-    @property
+    @functools.cached_property
     def path(self) -> Path:
         """The attempt's folder."""
         return self.run.path / "attempts" / f"{self.number:04d}"
@@ -206,6 +217,16 @@ class Attempt:
     def agent(self) -> ProcessIdentity | None:
         """The process that runs the attempt; of several nodes the leader's."""
         return ProcessIdentity.from_json(self.record().get("agent"))
+
+    @property
+    def metrics_path(self) -> Path:
+        """The journal of its steps and evaluations."""
+        return self.path / "metrics.jsonl"
+
+    def placement(self) -> dict[str, Any]:
+        """placement.json: the devices of each rank, and what is where on them; empty before it is written."""
+        placement = read_json(self.path / "placement.json")
+        return placement if isinstance(placement, dict) else {}
 
     def is_newest(self) -> bool:
         """False once a newer attempt has been claimed."""
@@ -254,18 +275,39 @@ class Attempt:
         record = read_json(self.path / "restoring.json")
         return record.get("checkpoint") if isinstance(record, dict) else None
 
+    def event_files(self) -> list[Path]:
+        """The journals of its writers."""
+        try:
+            names = sorted(os.listdir(self.path))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return [self.path / name for name in names if name.startswith("events.") and name.endswith(".jsonl")]
+
     def events(self) -> list[dict[str, Any]]:
         """The events of all its writers, in order of time; each has ``attempt`` and ``writer``."""
-        merged = []
-        for path in sorted(self.path.glob("events.*.jsonl")):
-            writer = path.name.split(".")[1]
-            merged += [record | {"attempt": self.number, "writer": writer} for record in read_journal(path)]
+        merged = [record for path in self.event_files() for record in self._signed(read_journal(path), path)]
         return sorted(merged, key=time_of)
+
+    def _signed(self, records: Iterable[dict[str, Any]], path: Path) -> Iterator[dict[str, Any]]:
+        origin = {"attempt": self.number, "writer": path.name.split(".")[1]}
+        return (record | origin for record in records)
 
     def ended(self) -> dict[str, Any] | None:
         """The agent's last word on how the attempt ended, or None: still running, or lost without a word."""
         ends = [r for r in read_journal(self.path / "events.agent.jsonl") if r.get("event") == "attempt_ended"]
         return ends[-1] if ends else None
+
+    def last_step(self) -> dict[str, Any]:
+        """The line in metrics.jsonl of its last step; empty before the first."""
+        return last_record(self.metrics_path, key="step_s") or {}
+
+    def reached_at(self, step: int) -> float | None:
+        """When it had completed so many steps, unix seconds; of a long file only the lines up to there are read."""
+        for record in read_journal(self.metrics_path):
+            completed = record.get("step")
+            if "step_s" in record and isinstance(completed, int) and completed >= step:
+                return time_of(record)
+        return None
 
 
 def open_run(name_or_path: str, runs_dir: Path) -> Run:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from latentwire.run.atomic import read_json
 from latentwire.run.budget import Verdict, verdict_of
 from latentwire.run.directory import Attempt, Run
-from latentwire.run.journal import last_record, newest_first, read_journal, time_of
+from latentwire.run.journal import newest_first, time_of
 
 KINDS = (
     "queued",
@@ -123,12 +122,12 @@ def ledger_of(run: Run, now: float, alive: bool) -> Ledger:
     """Fold a run's journals. Reads only; does not block, and no half-written or missing file upsets it.
 
     Args:
-        run: the run.
+        run: the run; a ``SeenRun`` where more is asked of it, so that its files are read once.
         now: seconds since the epoch.
         alive: whether its newest attempt runs (``latentwire.run.status.is_alive``).
     """
     attempts = run.attempts()
-    own = list(read_journal(run.orchestrator_events))
+    own = run.own_events()
     claims = [_claimed(attempt) for attempt in attempts]
     begun = [time_of(e) for e in own if e.get("event") in _BEGINS]
     known = [time_s for time_s in (*begun[:1], *claims[:1]) if time_s > 0]
@@ -183,14 +182,13 @@ class _Told:
     """What an attempt's journals say of where its time went."""
 
     def __init__(self, attempt: Attempt, most_steps: int, cause: str) -> None:
-        self._number = attempt.number
+        self._attempt = attempt
         self._most_steps, self._restart_cause = most_steps, cause
         self._events = [e for e in attempt.events() if e["writer"] in ("agent", "rank0")]
         self.num_gpus = _num_gpus(attempt)
-        self._metrics = attempt.path / "metrics.jsonl"
-        last = last_record(self._metrics, key="step_s") or {}
+        last = attempt.last_step()
         self.last_step = last["step"] if isinstance(last.get("step"), int) else 0
-        self.last_life_s = max([_claimed(attempt), time_of(last), *self._signs_of_life()])
+        self.last_life_s = max(_claimed(attempt), time_of(last), self._last_sign_of_life())
         ended = attempt.ended()
         self._end_s = time_of(ended) if ended is not None else self._last_write_s(attempt)
 
@@ -199,7 +197,7 @@ class _Told:
         self._painter = painter
         self._turn(claimed, "starting")
         self._working = "training"
-        for event in sorted([*self._events, *self._caught_up()], key=time_of):
+        for event in self._events_in_order():
             self._take(event)
         if verdict is not None:
             if verdict.outcome in ("failed", "lost", "fenced") and painter.kind != "draining":
@@ -233,19 +231,19 @@ class _Told:
     def _turn(self, at_s: float, kind: str, cause: str | None = None) -> None:
         causes = {"training": "", "saving": "saves", "evaluating": "evaluation"}
         because = cause or causes.get(kind, self._restart_cause)
-        self._painter.turn(_ms(at_s), kind, self._number, because, self.num_gpus)
+        self._painter.turn(_ms(at_s), kind, self._attempt.number, because, self.num_gpus)
 
-    def _caught_up(self) -> Iterator[dict[str, Any]]:
-        """When the attempt had done all steps again; of a long file only the steps done again are read."""
-        started = [e for e in self._events if e.get("event") == "training_started"]
-        if started and _whole(started[0].get("step")) < self._most_steps:
-            for record in read_journal(self._metrics):
-                if "step_s" in record and _whole(record.get("step")) >= self._most_steps:
-                    yield {"time": time_of(record), "event": "caught_up"}
-                    return
+    def _events_in_order(self) -> list[dict[str, Any]]:
+        """All events, and when the attempt had done again what an earlier one had lost."""
+        started = next((e for e in self._events if e.get("event") == "training_started"), {})
+        if _whole(started.get("step")) >= self._most_steps:
+            return self._events
+        at = self._attempt.reached_at(self._most_steps)
+        caught_up = [] if at is None else [{"time": at, "event": "caught_up"}]
+        return sorted(self._events + caught_up, key=time_of)
 
-    def _signs_of_life(self) -> list[float]:
-        return [time_of(e) for e in self._events if e.get("event") not in _SIGNS_OF_TROUBLE]
+    def _last_sign_of_life(self) -> float:
+        return next((time_of(e) for e in reversed(self._events) if e.get("event") not in _SIGNS_OF_TROUBLE), 0.0)
 
     def _last_write_s(self, attempt: Attempt) -> float:
         """Of an attempt that ended without a word: its last one, the monitor's included."""
@@ -278,7 +276,7 @@ def _end_ms(
 ) -> int:
     """Where the account ends: now, unless nobody wants the run to go on."""
     over = not alive and (
-        run.cancel_path.exists()
+        run.is_cancelled()
         or (bool(own) and own[-1].get("event") == "given_up")
         or (bool(attempts) and verdict_of(attempts[-1]).outcome in ("finished", "interrupted", "cancelled"))
     )
@@ -291,9 +289,9 @@ def _same_job(attempt: Attempt, following: Attempt) -> bool:
 
 
 def _num_gpus(attempt: Attempt) -> int:
-    placement = read_json(attempt.path / "placement.json")
-    devices = placement.get("devices") if isinstance(placement, dict) else None
-    return sum(str(device).startswith("cuda") for rank in devices or () for device in rank)
+    devices = attempt.placement().get("devices")
+    ranks = [rank for rank in devices if isinstance(rank, list)] if isinstance(devices, list) else []
+    return sum(str(device).startswith("cuda") for rank in ranks for device in rank)
 
 
 def _claimed(attempt: Attempt) -> float:

@@ -14,7 +14,8 @@ from typing import Any
 from latentwire.run.budget import verdict_of
 from latentwire.run.directory import Attempt, Run
 from latentwire.run.goodput import ledger_of
-from latentwire.run.journal import last_record, read_journal, time_of
+from latentwire.run.journal import time_of
+from latentwire.run.seen import SeenRun
 from latentwire.run.telling import tell_hang
 
 HEARTBEAT_S = 90.0
@@ -79,8 +80,12 @@ class RunStatus:
 
 
 def run_status(run: Run, now: float | None = None) -> RunStatus:
-    """Fold a run's files into its status. Does not block; upset by no half-written or missing file."""
-    now = time.time() if now is None else now
+    """Look at a run and fold its files. Does not block; upset by no half-written or missing file."""
+    return status_of(SeenRun(run), time.time() if now is None else now)
+
+
+def status_of(run: SeenRun, now: float) -> RunStatus:
+    """Fold what was seen of a run; for whoever looks at it again and again."""
     attempts = run.attempts()
     facts = _Facts()
     for attempt in attempts:
@@ -174,8 +179,8 @@ class _Facts:
     def take(self, attempt: Attempt) -> None:
         for event in attempt.events():
             self._take_event(event)
-        record = last_record(attempt.path / "metrics.jsonl", key="loss")
-        if record is None:
+        record = attempt.last_step()
+        if not record:
             return
         self.step = _whole(record.get("step"), self.step)
         self.loss = _number(record.get("loss", self.loss))
@@ -220,9 +225,9 @@ class _Facts:
         return max(0, self.total_steps - self.step) * self.step_s
 
 
-def _state(run: Run, alive: bool, outcomes: list[str], facts: _Facts, now: float) -> tuple[str, str | None]:
+def _state(run: SeenRun, alive: bool, outcomes: list[str], facts: _Facts, now: float) -> tuple[str, str | None]:
     if alive:
-        if run.cancel_path.exists():
+        if run.is_cancelled():
             return "RUNNING", "cancelled: ends at its next stop"
         if facts.alarm is not None:
             return "RUNNING", facts.alarm
@@ -233,7 +238,7 @@ def _state(run: Run, alive: bool, outcomes: list[str], facts: _Facts, now: float
     last = outcomes[-1] if outcomes else None
     if last == "finished":
         return "DONE", None
-    if run.cancel_path.exists():
+    if run.is_cancelled():
         return "CANCELLED", "cancelled by hand"
     given_up = _given_up(run)
     if given_up is not None:
@@ -247,25 +252,25 @@ def _state(run: Run, alive: bool, outcomes: list[str], facts: _Facts, now: float
     return state, None
 
 
-def _given_up(run: Run) -> str | None:
+def _given_up(run: SeenRun) -> str | None:
     """The reason, where the orchestrator's last word was that it starts the run no more."""
-    record = last_record(run.orchestrator_events)
-    return str(record.get("reason")) if record is not None and record.get("event") == "given_up" else None
+    last = run.own_events()[-1:]
+    return next((str(event.get("reason")) for event in last if event.get("event") == "given_up"), None)
 
 
-def _waiting_job(run: Run) -> str | None:
+def _waiting_job(run: SeenRun) -> str | None:
     """The job that was put into the queue after the newest attempt ended."""
     newest = run.attempts()[-1]
     events = newest.events()
     since = max(map(time_of, events), default=0.0)
     if any(e.get("event") == "requeue" and e.get("done") for e in events):
         return str(newest.record().get("job_id"))
-    later = [e for e in read_journal(run.orchestrator_events) if e.get("event") == "submitted" and time_of(e) >= since]
+    later = [e for e in run.own_events() if e.get("event") == "submitted" and time_of(e) >= since]
     return str(later[-1].get("job_id")) if later else None
 
 
-def _submitted_job(run: Run) -> str | None:
-    jobs = [r for r in read_journal(run.orchestrator_events) if r.get("event") == "submitted"]
+def _submitted_job(run: SeenRun) -> str | None:
+    jobs = [r for r in run.own_events() if r.get("event") == "submitted"]
     return str(jobs[-1].get("job_id")) if jobs else None
 
 

@@ -179,7 +179,7 @@ def _give_back(run: Run, allocation: Allocation, attempt: Attempt | None) -> Non
     _write_down(attempt, "requeue", done=result.done, reason=result.reason, given_back_s=given_back_s)
     if result.done:
         os._exit(0)
-    if not run.cancel_path.exists() and slurm.was_cancelled(job_id, allocation.restart):
+    if not run.is_cancelled() and slurm.was_cancelled(job_id, allocation.restart):
         # Slurm forgets it in minutes, the run does not
         run.mark_cancelled(by=f"scancel of job {job_id}")
         _write_down(attempt, "job_cancelled", job_id=job_id)

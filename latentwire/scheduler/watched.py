@@ -77,7 +77,7 @@ class Watched:
         self._files = self._files_that_matter()
         self.jobs = list_jobs(self.run)
         self.last_event = last_record(self.run.orchestrator_events) or {}
-        self.is_cancelled = self.run.cancel_path.exists()
+        self.is_cancelled = self.run.is_cancelled()
         return self._read_news()
 
     def fold(self, now: float, at_most_every_s: float) -> None:

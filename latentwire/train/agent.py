@@ -73,7 +73,7 @@ class Agent:
         with self.handler:
             while True:
                 self._wait_for_older_attempts()
-                if self.run.cancel_path.exists():
+                if self.run.is_cancelled():
                     return Verdict("cancelled", error="the run was cancelled before this job started")
                 job = self.allocation
                 try:
@@ -136,7 +136,7 @@ class _Supervision:
             self._alerts.close(at_once=self.agent.handler.notice is not None)
         if verdict.outcome != "finished" and not self.attempt.is_newest():  # what happened here calls for nothing more
             verdict = _SUPERSEDED
-        if self.run.cancel_path.exists() and verdict.outcome in ("preempted", "failed", "lost"):
+        if self.run.is_cancelled() and verdict.outcome in ("preempted", "failed", "lost"):
             verdict = dataclasses.replace(verdict, outcome="cancelled")
         self._roll_up()
         self.journal.event("attempt_ended", **{k: v for k, v in dataclasses.asdict(verdict).items() if v is not None})

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,11 +103,13 @@ def append(path: Path, text: str) -> None:
         file.write(text)
 
 
-def on_terminal(home: Path, *arguments: str) -> str:
-    """What a command writes onto a terminal of 80 columns."""
+def on_terminal(home: Path, *arguments: str, columns: int = 80) -> str:
+    """What a command writes onto a terminal."""
     ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     try:
-        subprocess.run(program(*arguments), cwd=home, stdout=theirs, check=True)
+        environ = dict(os.environ)  # without the COLUMNS that readline put into pytest's own behind Python's back
+        subprocess.run(program(*arguments), cwd=home, env=environ, stdout=theirs, check=True)
         return os.read(ours, 1 << 16).decode()
     finally:
         os.close(ours)

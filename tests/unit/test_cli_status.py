@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from cli_parts import (
     Agents,
     finished_run,
+    latentwire,
     make_run,
     on_terminal,
     printed,
     write_events,
 )
+from fleet_parts import fleet, running
+
+_ESCAPES = re.compile("\x1b\\[[0-9;]*m")
 
 _HEAVY = ("torch", "submitit", "transformers", "pydantic", "yaml", "rich", "typer", "click")
 
@@ -36,7 +42,7 @@ def test_status_of_the_fleet(home: Path, agents: Agents) -> None:
     header, alive, toy, waiting = (line.split() for line in printed(home, "status").splitlines())
     assert header[:5] == ["run", "state", "attempt", "preempted", "step"]
     assert alive[:3] == ["alive", "RUNNING", "1"]
-    assert toy[:6] == ["toy", "DONE", "2", "1", "20/20", "2.5"]
+    assert toy[:9] == ["toy", "DONE", "2", "1", "20/20", "━━━━━━━━━━", "100", "%", "2.5"]
     assert waiting[:3] == ["waiting", "PENDING", "0"]
 
 
@@ -70,12 +76,53 @@ def test_status_takes_another_runs_folder_and_a_path(home: Path) -> None:
     assert "DONE" in printed(home, "status", f"others/{run.path.name}")
 
 
-def test_status_obeys_nothing_and_is_cut_on_a_terminal(home: Path) -> None:
+def test_status_obeys_nothing_and_cuts_what_is_long(home: Path) -> None:
     attempt = make_run(home).claim_attempt("1", "local")
-    ended = {"outcome": "failed", "error": "\x1b]0;owned\x07\nand more"}
+    ended = {"outcome": "failed", "error": "\x1b]0;owned\x07\nand more" + 90 * "!"}
     write_events(attempt, "agent", (1.0, "attempt_ended", ended))
-    assert printed(home, "status").splitlines()[1].endswith("\\x1b]0;owned\\x07\\nand more")
-    header, line = on_terminal(home, "status").splitlines()
-    assert len(header) == 80
-    assert line.removeprefix("\x1b[31m").removesuffix("\x1b[0m").endswith("…")
-    assert "\x1b]" not in line
+    assert "\\x1b]0;owned\\x07\\nand more!" in printed(home, "status").splitlines()[1]
+    shown = on_terminal(home, "status")
+    assert "\x1b]" not in shown
+    assert shown.splitlines()[-1].startswith("toy: \\x1b]0;owned")
+    assert shown.splitlines()[-1].endswith("!…")
+
+
+@pytest.mark.parametrize(
+    ("width", "header"),
+    [
+        (60, ["run", "state", "step", "verified", "goodput"]),
+        (80, ["run", "state", "attempt", "step", "ETA", "verified", "goodput"]),
+        (140, ["run", "state", "attempt", "preempted", "step", "loss", "ETA", "verified", "goodput", "GPU", "note"]),
+        (None, ["run", "state", "attempt", "preempted", "step", "progress", "loss", "samples/s", "ETA", "verified",
+                "goodput", "GPU", "note"]),
+    ],
+)  # fmt: skip
+def test_the_columns_that_matter_most_fit(home: Path, width: int | None, header: list[str]) -> None:
+    fleet(home)
+    text = printed(home, "status") if width is None else on_terminal(home, "status", columns=width)
+    lines = _ESCAPES.sub("", text).splitlines()
+    assert lines[0].split() == header
+    assert max(map(len, lines)) <= (width or 1000)
+    states = {line.split()[0]: line.split()[1] for line in lines[1:13]}
+    assert sorted(states.values()) == sorted(
+        ["CANCELLED", "DONE", "FAILED", "LOST", "PENDING", "PREEMPTED", "REQUEUED", "RETRYING", "RUNNING", "RUNNING",
+         "STALLED", "STOPPED"]
+    )  # fmt: skip
+    assert "given-up: 3 times other, 2 allowed: ValueError" in lines or "note" in header
+
+
+def test_gpus_of_a_running_run_are_drawn(home: Path) -> None:
+    running(home)
+    run = printed(home, "status").splitlines()[1]
+    assert "▂▂▃▃▃▄▄▄" in run, "the mean of a GPU that is ever busier and an idle one"
+    assert "▂▂▃▃▃▄▄▄ 48 % busy" in printed(home, "status", "running")
+
+
+def test_a_run_that_cannot_be_read_hides_no_other(home: Path) -> None:
+    finished_run(home)
+    broken = make_run(home, "broken")
+    (broken.path / "attempts").symlink_to("attempts")  # a loop: listing it fails
+    result = latentwire(home, "status")
+    assert [line.split()[0] for line in result.stdout.splitlines()] == ["run", "toy"]
+    assert "broken cannot be read" in result.stderr
+    assert [each["name"] for each in json.loads(printed(home, "status", "--json"))] == ["toy"]

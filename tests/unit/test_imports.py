@@ -33,7 +33,7 @@ def test_rooms_without_torch_load_none_of_the_heavy_packages(module: str) -> Non
     assert modules_after(f"import {module}") & HEAVY == set()
 
 
-@pytest.mark.parametrize("module", ["latentwire", "latentwire.run.status"])
+@pytest.mark.parametrize("module", ["latentwire", "latentwire.run.status", "latentwire.cli.main"])
 def test_status_needs_neither_pydantic_nor_yaml(module: str) -> None:
     assert modules_after(f"import {module}") & {"pydantic", "yaml", "stamina", "typer", "rich"} == set()
 
