@@ -103,13 +103,17 @@ def append(path: Path, text: str) -> None:
         file.write(text)
 
 
+def of_a_terminal() -> dict[str, str]:
+    """The environment without the size that readline puts into pytest's own, and pytest's workers inherit."""
+    return {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+
+
 def on_terminal(home: Path, *arguments: str, columns: int = 80) -> str:
     """What a command writes onto a terminal."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     try:
-        environ = dict(os.environ)  # without the COLUMNS that readline put into pytest's own behind Python's back
-        subprocess.run(program(*arguments), cwd=home, env=environ, stdout=theirs, check=True)
+        subprocess.run(program(*arguments), cwd=home, env=of_a_terminal(), stdout=theirs, check=True)
         return os.read(ours, 1 << 16).decode()
     finally:
         os.close(ours)

@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from cli_parts import program
+from cli_parts import of_a_terminal, program
 
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 
 
 class Terminal:
@@ -27,7 +27,7 @@ class Terminal:
         self._set_size(columns, lines)
         self._before = termios.tcgetattr(self._theirs)
         self.drawn = ""
-        environ = {**os.environ, "TERM": "xterm-256color"}
+        environ = {**of_a_terminal(), "TERM": "xterm-256color"}
         self.process = subprocess.Popen(
             program(*arguments),
             cwd=home,
