@@ -26,10 +26,11 @@ def costs_of(run: Run, ledger: Ledger) -> Costs:
         RunError: it has not made enough steps to tell.
     """
     events = _rank_events(run)
-    paths = [attempt.path / "metrics.jsonl" for attempt in run.attempts()]
-    num_steps = sum("step_s" in record for path in paths for record in read_journal(path))
-    if num_steps < 2:
-        raise RunError(f"{run.name} has made {num_steps} steps: too few to tell what a step takes")
+    firsts_s, others_s = _step_times(run)
+    if not others_s:
+        raise RunError(f"{run.name} has made {len(firsts_s)} steps: too few to tell what a step takes")
+    first_step_s = max(0.0, statistics.fmean(firsts_s) - statistics.fmean(others_s))
+    num_steps = len(firsts_s) + len(others_s)
     trained = [span for span in ledger.spans if span.kind in (PRODUCTIVE, "redoing")]
     began = {span.attempt for span in trained}
     starts = [span for span in ledger.spans if span.kind in _START and span.attempt in began]
@@ -39,13 +40,26 @@ def costs_of(run: Run, ledger: Ledger) -> Costs:
     ends = [span for span in ledger.spans[-1:] if span.kind == "saving"]
     return Costs(
         start_s=sum(span.seconds for span in starts) / len(began),
-        step_s=sum(span.seconds for span in trained) / num_steps,
+        step_s=(sum(span.seconds for span in trained) - first_step_s * len(firsts_s)) / num_steps,
+        first_step_s=first_step_s,
         stall_s=_mean(in_background),
         commit_s=commit_s,
         evaluation_s=_mean(events["evaluation_finished"]),
         drain_s=max(0.0, statistics.fmean(drains_s) - commit_s) if drains_s else 0.0,
         end_s=sum(span.seconds for span in ends),
     )
+
+
+def _step_times(run: Run) -> tuple[list[float], list[float]]:
+    """What the first steps of its attempts took, and what all others did."""
+    firsts_s: list[float] = []
+    others_s: list[float] = []
+    for attempt in run.attempts():
+        records = (r.get("step_s") for r in read_journal(attempt.path / "metrics.jsonl"))
+        seconds = [float(each) for each in records if isinstance(each, int | float)]
+        firsts_s += seconds[:1]
+        others_s += seconds[1:]
+    return firsts_s, others_s
 
 
 def policy_of(run: Run) -> Policy:

@@ -42,6 +42,7 @@ class Costs:
     Attributes:
         start_s: of an attempt, until it trains: processes, models, checkpoint, warm-up.
         step_s: a step.
+        first_step_s: so much more the first step of an attempt takes.
         stall_s: what training waits for a save.
         commit_s: from the begin of a save to its commit.
         evaluation_s: an evaluation.
@@ -51,6 +52,7 @@ class Costs:
 
     start_s: float
     step_s: float
+    first_step_s: float = 0.0
     stall_s: float = 0.0
     commit_s: float = 0.0
     evaluation_s: float = 0.0
@@ -127,47 +129,65 @@ class _Replay:
         self._policy, self._costs = policy, costs
         self._seconds: dict[str, float] = collections.defaultdict(float)
         self._num_attempts = self._in_vain = 0
-        self._committed = self._most_steps = 0
+        self._committed = self._most_steps = self._evaluated = 0
+        self._pending: tuple[int, float] | None = None
+        """A step whose save is under way, and when it is committed."""
 
     def expected(self) -> Expected:
         return Expected(dict(self._seconds), self._num_attempts)
 
     def attempt(self, window: Window) -> bool:
         """One window; whether the run is done with it."""
-        costs, policy = self._costs, self._policy
         before = self._committed
         self._num_attempts += 1
         self._seconds["queued"] += window.queued_s
         clock = _Clock(window.seconds, self._seconds)
-        step, done = self._committed, False
-        saved_at = costs.start_s
-        pending: tuple[int, float] | None = None  # a step, and when it is committed
-        if clock.spend("starting", costs.start_s):
-            while step < policy.total_steps:
-                if not clock.spend("redoing" if step < self._most_steps else PRODUCTIVE, costs.step_s):
-                    break
-                step += 1
-                if pending is not None and clock.now >= pending[1]:
-                    self._committed, pending = pending[0], None
-                if policy.evaluate_every and step % policy.evaluate_every == 0:
-                    clock.spend("evaluating", costs.evaluation_s)
-                by_time = policy.interval_s is not None and clock.now - saved_at >= policy.interval_s
-                by_steps = bool(policy.interval_steps) and step % (policy.interval_steps or 1) == 0
-                is_last = step == policy.total_steps  # its save is waited for: ``end_s``
-                if not is_last and (by_steps or (by_time and pending is None)):
-                    saved_at = clock.now
-                    pending = (step, clock.now + costs.commit_s)
-                    clock.spend("saving", costs.stall_s)
-            done = step >= policy.total_steps
-        if done:
-            self._seconds["saving"] += costs.end_s
+        self._pending = None
+        step = self._committed
+        if clock.spend("starting", self._costs.start_s):
+            step = self._train(clock, step)
+        if clock.cut_off is None:
+            self._seconds["saving"] += self._costs.end_s
             return True
-        if pending is not None and clock.end >= pending[1]:
-            self._committed = pending[0]
+        self._take_in_commit(clock.end)
         self._leave(window, clock, step)
         self._most_steps = max(self._most_steps, step, self._committed)
         self._count_in_vain(before)
         return False
+
+    def _train(self, clock: _Clock, step: int) -> int:
+        """Steps, evaluations and saves until the last step or the window's end; completed steps."""
+        costs, total = self._costs, self._policy.total_steps
+        saved_at, more_s = clock.now, costs.first_step_s
+        while self._evaluate(clock, step) and step < total:
+            kind = "redoing" if step < self._most_steps else PRODUCTIVE
+            if not clock.spend(kind, costs.step_s + more_s):
+                break
+            step, more_s = step + 1, 0.0
+            self._take_in_commit(clock.now)
+            if step < total and self._is_due(step, clock.now - saved_at):  # after the last step it is waited for
+                saved_at = clock.now
+                self._pending = (step, clock.now + costs.commit_s)
+                clock.spend("saving", costs.stall_s)
+        return step
+
+    def _evaluate(self, clock: _Clock, step: int) -> bool:
+        """Evaluate if it is due, again if it was cut off; whether training goes on."""
+        every = self._policy.evaluate_every
+        if every and step and step % every == 0 and step != self._evaluated:
+            if not clock.spend("evaluating", self._costs.evaluation_s):
+                return False
+            self._evaluated = step
+        return True
+
+    def _is_due(self, step: int, since_s: float) -> bool:
+        policy = self._policy
+        by_time = policy.interval_s is not None and since_s >= policy.interval_s and self._pending is None
+        return by_time or (policy.interval_steps is not None and step % policy.interval_steps == 0)
+
+    def _take_in_commit(self, now: float) -> None:
+        if self._pending is not None and self._pending[1] <= now:
+            self._committed, self._pending = self._pending[0], None
 
     def _leave(self, window: Window, clock: _Clock, step: int) -> None:
         """The notice, if there is one, and what can still be saved then."""
@@ -175,9 +195,9 @@ class _Replay:
         if not window.grace_s:
             self._seconds["failed"] += window.dead_s
             return
-        save_s = costs.commit_s + costs.drain_s
+        save_s = costs.drain_s + (costs.commit_s if step > self._committed else 0.0)
         in_step = clock.cut_off in ("redoing", PRODUCTIVE)
-        rest_s = costs.step_s - clock.into if in_step else 0.0
+        rest_s = max(0.0, costs.step_s - clock.into) if in_step else 0.0
         if in_step and rest_s + save_s < window.grace_s:
             self._committed = step + 1
             self._seconds["draining"] += rest_s + save_s

@@ -44,6 +44,13 @@ def test_a_kill_costs_all_since_the_last_commit() -> None:
     assert expected.num_attempts == 2
 
 
+def test_an_evaluation_that_was_cut_off_is_made_again_and_the_first_step_takes_longer() -> None:
+    policy = Policy(total_steps=2, interval_s=None, evaluate_every=1)
+    costs = Costs(start_s=10, step_s=2, first_step_s=3, evaluation_s=5)
+    expected = simulate(policy, costs, [Window(0, 19, grace_s=1)])
+    assert figures(expected) == {"starting": 20, "training": 10, "evaluating": 4 + 10}
+
+
 def test_a_kill_before_the_commit_costs_the_save_too() -> None:
     policy = Policy(total_steps=20, interval_s=20.0)
     expected = simulate(policy, COSTS, [Window(0, 32.5)])
@@ -121,7 +128,9 @@ def configured(run: Run) -> None:
 def test_costs_and_windows_of_a_run(run: Run) -> None:
     ledger = ledger_of(lived(run), NOW + 500, alive=False)
     costs = costs_of(run, ledger)
-    assert costs == Costs(start_s=17, step_s=25.5 / 25, stall_s=0, commit_s=1, evaluation_s=3, drain_s=1.5, end_s=1.5)
+    assert costs == Costs(
+        start_s=17, step_s=25.5 / 25, first_step_s=0, stall_s=0, commit_s=1, evaluation_s=3, drain_s=1.5, end_s=1.5
+    )
     assert windows_of(ledger, grace_s=120) == [Window(0, 27, 120), Window(10.5, 22, 0)]
 
 
