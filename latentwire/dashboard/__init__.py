@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 
@@ -19,14 +20,9 @@ def serve(runs_dir: Path, host: str, port: int, allow_actions: bool) -> None:
     """
     from latentwire.errors import LatentWireError
 
-    try:
-        import plotly  # noqa: F401
-        import starlette  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ModuleNotFoundError as missing:
-        raise LatentWireError(
-            f"the dashboard needs {missing.name}, which is not installed: pip install 'latentwire[dashboard]'"
-        ) from None
+    missing = [name for name in ("starlette", "uvicorn", "plotly") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise LatentWireError(f"the dashboard needs {', '.join(missing)}: pip install 'latentwire[dashboard]'")
     from latentwire.dashboard.serving import serve_forever
 
     serve_forever(runs_dir, host, port, allow_actions)

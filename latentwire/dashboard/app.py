@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.resources
 import signal
+from importlib.metadata import version
 from pathlib import Path
 
 from starlette.applications import Starlette
@@ -62,7 +63,8 @@ class Dashboard:
 
     async def run_page(self, request: Request) -> Response:
         """The empty page of a run."""
-        return _page("plotly.min.js", *SCRIPTS, "live.js", "run_live.js")
+        plotly = f'<script id="plotly" src="/static/plotly.min.js?{version("plotly")}" async></script>\n'
+        return _page(*SCRIPTS, "live.js", "run_live.js", before=plotly)
 
     async def fleet(self, request: Request) -> Response:
         """The stream of all runs."""
@@ -126,9 +128,6 @@ async def plotly(request: Request) -> Response:
         return FileResponse(path, headers=_FOREVER)
 
 
-def _page(*scripts: str) -> Response:
-    import plotly
-
-    names = [f"{name}?{plotly.__version__}" if name == "plotly.min.js" else name for name in scripts]
-    tags = "\n".join(f'<script src="/static/{name}"></script>' for name in names)
+def _page(*scripts: str, before: str = "") -> Response:
+    tags = before + "".join(f'<script src="/static/{name}"></script>\n' for name in scripts)
     return HTMLResponse(static("page.html").replace("SCRIPTS", tags), headers={"Cache-Control": "no-store"})

@@ -19,6 +19,10 @@ _KEEP_OPEN_S = 15.0
 class Source(Protocol):
     """What is shown: a run's page, or the fleet's."""
 
+    @property
+    def is_behind(self) -> bool:
+        """There is more to be had at once."""
+
     def read(self) -> Mapping[str, Any] | None:
         """What has changed since the last call; empty or None: nothing. May block."""
 
@@ -66,7 +70,7 @@ class Live:
 
     async def _go_on(self) -> None:
         while True:
-            await asyncio.sleep(self._pause_s)
+            await asyncio.sleep(0 if self._source.is_behind else self._pause_s)
             async with self._turn:
                 if not self._lookers:
                     self._reading = None

@@ -45,7 +45,8 @@ def _refuse_without_token(token: str | None, host: str, only_loopback: bool) -> 
         )
     if token is None and not only_loopback:
         raise LatentWireError(
-            f"whoever reaches {host} could read all runs: set a token, export {TOKEN_VARIABLE}=$(openssl rand -hex 16), "
+            f"whoever reaches {host} could read all runs: set a token, "
+            f"export {TOKEN_VARIABLE}=$(openssl rand -hex 16), "
             "or listen on 127.0.0.1 and come through ssh -L 8050:localhost:8050"
         )
 

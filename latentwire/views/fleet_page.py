@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -13,11 +14,14 @@ from typing import Any
 from latentwire.run.directory import Run, list_runs
 from latentwire.run.journal import newest_first
 from latentwire.run.status import run_status
-from latentwire.views.thinning import plain
+from latentwire.views.thinning import figure
 
 Row = dict[str, Any]
 
+log = logging.getLogger("latentwire.dashboard")
+
 _NUM_LOSSES = 40
+_AT_A_TIME_S = 0.25
 _SILENT_CHANGES_EVERY_S = 20.0
 """A running run can stall, and a host fall silent, without a new line."""
 
@@ -28,40 +32,70 @@ class FleetPage:
     Args:
         runs_dir: the folder of the runs.
         clock: seconds since the epoch.
+
+    Attributes:
+        is_behind: there was no time for all that has changed; read again at once.
     """
 
     def __init__(self, runs_dir: Path, clock: Callable[[], float] = time.time) -> None:
+        self.is_behind = False
         self._runs_dir = runs_dir
         self._clock = clock
         self._rows: dict[str, Row] = {}
-        self._seen: dict[str, tuple[tuple[Any, ...], float]] = {}
+        self._looks: dict[str, _Look] = {}
 
     def read(self) -> dict[str, Any] | None:
-        """Rows that are new or have changed, and names of runs that are gone; None: all is as it was."""
-        runs = list_runs(self._runs_dir)
-        gone = sorted(self._rows.keys() - {run.name for run in runs})
+        """Rows that are new or have changed, and names of runs that are gone; None: all is as it was.
+
+        Blocks for about a quarter of a second at most: of many runs some come with the next call.
+        """
+        began = time.monotonic()
+        runs = {run.name: run for run in list_runs(self._runs_dir)}
+        gone = sorted(self._rows.keys() - runs.keys())
         for name in gone:
-            del self._rows[name], self._seen[name]
-        changed = [row for run in runs if (row := self._changed(run)) is not None]
-        return {"rows": changed, "gone": gone} if changed or gone else None
+            del self._rows[name]
+            self._looks.pop(name, None)
+        changed = {name: {"name": name, "state": None} for name in runs if name not in self._rows}
+        self._rows |= changed
+        self.is_behind = False
+        for name in sorted(runs, key=lambda name: self._looks.get(name, _NEVER).at):  # the longest not looked at first
+            if time.monotonic() - began > _AT_A_TIME_S:
+                self.is_behind = True
+                break
+            row = self._look(runs[name])
+            if row != self._rows[name]:
+                self._rows[name] = changed[name] = row
+        return {"rows": list(changed.values()), "gone": gone} if changed or gone else None
 
     def snapshot(self) -> dict[str, Any]:
         """All rows as of the last read."""
         return {"rows": list(self._rows.values()), "gone": [], "whole": True}
 
-    def _changed(self, run: Run) -> Row | None:
+    def _look(self, run: Run) -> Row:
         now = self._clock()
+        before = self._looks.get(run.name, _NEVER)
         stamp = _stamp(run)
-        before = self._seen.get(run.name)
-        is_silent = before is not None and before[0] == stamp
-        if is_silent and (self._rows[run.name]["phase"] is None or now - before[1] < _SILENT_CHANGES_EVERY_S):
-            return None
-        self._seen[run.name] = (stamp, now)
-        row = _row(run, now)
-        if self._rows.get(run.name) == row:
-            return None
-        self._rows[run.name] = row
-        return row
+        row = self._rows[run.name]
+        is_running = row.get("phase") is not None
+        if before.stamp == stamp and not (is_running and now - before.read_at > _SILENT_CHANGES_EVERY_S):
+            self._looks[run.name] = dataclasses.replace(before, at=time.monotonic())
+            return row
+        self._looks[run.name] = _Look(stamp, now, time.monotonic())
+        try:
+            return _row(run, now)
+        except Exception as error:  # whatever one run's files hold, the others are shown
+            log.exception("%s cannot be read", run.path)
+            return {"name": run.name, "state": "UNREADABLE", "reason": f"{type(error).__name__}: {error}"}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Look:
+    stamp: tuple[Any, ...] | None
+    read_at: float
+    at: float
+
+
+_NEVER = _Look(None, 0.0, 0.0)
 
 
 def _row(run: Run, now: float) -> Row:
@@ -71,7 +105,7 @@ def _row(run: Run, now: float) -> Row:
     if status["attempt"]:
         folder = run.path / "attempts" / f"{status['attempt']:04d}"
         records = (r for r in newest_first(folder / "metrics.jsonl") if "loss" in r)
-        losses = [_figure(r["loss"]) for r in itertools.islice(records, _NUM_LOSSES)][::-1]
+        losses = [figure(r["loss"]) for r in itertools.islice(records, _NUM_LOSSES)][::-1]
         gpu_percent = _busy(folder / "gpu_stats.jsonl") if status["phase"] else None
     return {**status, "losses": losses, "gpu_percent": gpu_percent}
 
@@ -80,14 +114,10 @@ def _busy(path: Path) -> float | None:
     """Mean utilisation of the GPUs in the last sample."""
     for record in newest_first(path):
         if isinstance(gpus := record.get("gpus"), list):
-            busy = [_figure(gpu.get("utilisation_percent")) for gpu in gpus if isinstance(gpu, dict)]
+            busy = [figure(gpu.get("utilisation_percent")) for gpu in gpus if isinstance(gpu, dict)]
             known = [value for value in busy if value is not None]
             return sum(known) / len(known) if known else None
     return None
-
-
-def _figure(value: Any) -> float | None:
-    return plain(float(value)) if isinstance(value, int | float) and abs(value) < 1e300 else None
 
 
 def _stamp(run: Run) -> tuple[Any, ...]:

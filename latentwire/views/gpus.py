@@ -9,7 +9,7 @@ from typing import Any
 
 from latentwire.run.directory import Run
 from latentwire.run.journal import Follower, time_of
-from latentwire.views.thinning import Grid, Key
+from latentwire.views.thinning import Grid, Key, figure
 
 NUM_BINS = 600
 _SHOWN_ONE_BY_ONE = 8
@@ -98,7 +98,7 @@ class GpuView:
             values = {
                 name: value * panel.scale
                 for name, source in named.items()
-                if (value := _number(source.get(panel.key))) is not None
+                if (value := figure(source.get(panel.key))) is not None
             }
             readings |= {(panel.key, name): value for name, value in _few(values, node).items()}
         self._grid.add(time_s, readings)
@@ -110,8 +110,3 @@ def _few(values: dict[str, float], node: str) -> dict[str, float]:
         return values
     ends = {"mean": sum(values.values()) / len(values), "lowest": min(values.values()), "highest": max(values.values())}
     return {f"{node} {name}".strip(): value for name, value in ends.items()}
-
-
-def _number(value: Any) -> float | None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and abs(value) < 1e300 else None

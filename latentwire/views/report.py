@@ -55,6 +55,8 @@ def report(run: Run) -> str:
     """The page; see ``write_report``."""
     page = RunPage(run)
     page.read()
+    while page.is_behind:
+        page.read()
     data = {"now": time.time(), "sections": page.snapshot()}
     scripts = [plotly_script(), *map(static, SCRIPTS), static("report.js")]
     sources = " ".join(f"'sha256-{_digest(script)}'" for script in scripts)

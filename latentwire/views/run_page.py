@@ -43,11 +43,16 @@ class RunPage:
         self._whole: Sections = {}
         self._next_fold = 0.0
 
+    @property
+    def is_behind(self) -> bool:
+        """The curve is a glimpse yet: read again at once."""
+        return self._curve.is_behind
+
     def read(self) -> Sections:
         """The sections that have changed since the last call; of ``curve`` and ``gpus`` what is to be added."""
         changed = self._changed_whole()
-        events = self._events.read()
-        for name, message in (("events", events), ("curve", self._curve.read()), ("gpus", self._gpus.read())):
+        curve = self._curve.read()
+        for name, message in (("events", self._events.read()), ("curve", curve), ("gpus", self._gpus.read())):
             if message is not None:
                 changed[name] = message
         return changed

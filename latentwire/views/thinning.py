@@ -57,6 +57,12 @@ def plain(value: float | None) -> float | None:
     return float(f"{value:.{_DIGITS}g}")
 
 
+def figure(value: Any) -> float | None:
+    """The same of what a file holds: None for all that is no finite number."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return plain(float(value)) if is_number and abs(value) < 1e300 else None
+
+
 class Grid:
     """Readings over time in equal bins, which double in width as time goes on: memory and pictures stay small.
 

@@ -39,7 +39,7 @@ class EventsView:
         return sorted(self._told, key=lambda told: -told["time"])
 
     def _new(self) -> Iterator[dict[str, Any]]:
-        files = [(None, self._run.orchestrator_events)]
+        files: list[tuple[int | None, Path]] = [(None, self._run.orchestrator_events)]
         files += [(a.number, path) for a in self._run.attempts() for path in sorted(a.path.glob("events.*.jsonl"))]
         for attempt, path in files:
             for event in self._followers.setdefault(path, Follower(path)).read():

@@ -72,7 +72,8 @@ class Chart {
   }
 
   draw() {
-    if (this.isDrawn) return;
+    this.isWanted = true;
+    if (this.isDrawn || !window.Plotly) return;
     this.isDrawn = true;
     Plotly.newPlot(this.area, this.traces.map((trace) => styled(trace)), this.layout(), CHART_OPTIONS);
   }
@@ -93,8 +94,8 @@ class Chart {
       legend: { orientation: "h", x: 0, y: 1, yanchor: "bottom", font: { size: 11, color: text } },
       hovermode: this.axes.hovermode || "x unified",
       hoverlabel: { bgcolor: panel, bordercolor: line, font: { color: text } },
-      xaxis: { ...axis, type: isTime ? "date" : "linear", ...(isTime ? {} : { separatethousands: true }), ...this.axes.xaxis },
-      yaxis: { ...axis, range: this.axes.range, rangemode: this.axes.rangemode || "normal", ...this.axes.yaxis },
+      xaxis: { ...axis, type: isTime ? "date" : "linear", ...(isTime ? {} : { separatethousands: true, exponentformat: "none" }), ...this.axes.xaxis },
+      yaxis: { ...axis, exponentformat: "power", minexponent: 6, range: this.axes.range, rangemode: this.axes.rangemode || "normal", ...this.axes.yaxis },
       barmode: "overlay",
       bargap: 0,
       dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
@@ -112,6 +113,8 @@ class Chart {
 const CHART_OPTIONS = { displayModeBar: false, responsive: true, doubleClick: "reset" };
 
 Chart.all = new Set();
+// The script of plotly is large: the page does not wait for it.
+document.getElementById("plotly")?.addEventListener("load", () => Chart.all.forEach((chart) => chart.isWanted && chart.draw()));
 Chart.inView = new IntersectionObserver(
   (entries) => {
     for (const chart of Chart.all) {

@@ -3,16 +3,16 @@
 
 const COLUMNS = [
   { key: "name", title: "run", cell: (r) => make("a", { href: `/runs/${encodeURIComponent(r.name)}` }, r.name) },
-  { key: "state", title: "state", cell: (r) => make("span", {}, stateBadge(r.state), make("span", { className: "quiet" }, r.phase ? ` ${r.phase}` : "")) },
+  { key: "state", title: "state", cell: (r) => make("span", {}, r.state ? stateBadge(r.state) : null, make("span", { className: "quiet" }, r.phase ? ` ${r.phase}` : "")) },
   { key: "progress", title: "progress", value: (r) => (r.total_steps ? r.step / r.total_steps : null), cell: progress },
   { key: "eta_s", title: "remaining", number: true, cell: (r) => words.duration(r.eta_s) },
   { key: "loss", title: "loss", number: true, cell: (r) => words.figure(r.loss) },
   { key: "losses", title: "", cell: spark, value: () => null, fixed: true },
   { key: "samples_per_s", title: "samples/s", number: true, cell: (r) => words.figure(r.samples_per_s, 3) },
-  { key: "gpu_percent", title: "GPU", number: true, cell: (r) => (r.gpu_percent === null ? NOTHING : `${Math.round(r.gpu_percent)} %`) },
+  { key: "gpu_percent", title: "GPU", number: true, cell: (r) => (typeof r.gpu_percent !== "number" ? NOTHING : `${Math.round(r.gpu_percent)} %`) },
   { key: "goodput", title: "goodput", number: true, cell: (r) => words.percent(r.goodput) },
   { key: "attempt", title: "attempt", number: true, cell: (r) => String(r.attempt || NOTHING) },
-  { key: "num_preemptions", title: "preempted", number: true, cell: (r) => String(r.num_preemptions + r.num_lost) },
+  { key: "num_preemptions", title: "preempted", number: true, cell: (r) => words.whole(r.num_preemptions === undefined ? null : r.num_preemptions + r.num_lost) },
   { key: "verified_at", title: "verified", number: true, cell: (r) => words.ago(r.verified_at) },
   { key: "reason", title: "why", words: true, cell: (r) => r.reason || r.warning || "" },
 ];
@@ -54,7 +54,7 @@ class FleetPage {
   show() {
     const all = [...this.rows.values()];
     const counts = new Map();
-    all.forEach((row) => counts.set(row.state, (counts.get(row.state) || 0) + 1));
+    all.filter((row) => row.state).forEach((row) => counts.set(row.state, (counts.get(row.state) || 0) + 1));
     const key = JSON.stringify([...counts].sort());
     if (key !== this.statesKey) {
       this.statesKey = key;
@@ -94,7 +94,7 @@ function progress(row) {
 }
 
 function spark(row) {
-  const known = row.losses.map((y, x) => [x, y]).filter(([, y]) => y !== null);
+  const known = (row.losses || []).map((y, x) => [x, y]).filter(([, y]) => y !== null);
   if (known.length < 2) return "";
   const values = known.map(([, y]) => y);
   const low = Math.min(...values);

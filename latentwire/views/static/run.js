@@ -9,7 +9,7 @@ const GAP_TITLES = { samples_per_s: "Samples per second", lr: "Learning rate", g
 class RunPage {
   constructor(root) {
     this.head = make("div");
-    this.timeline = new Chart("Timeline", { x: "time", height: 96, hovermode: "closest", noLegend: true, yaxis: { visible: false, fixedrange: true } });
+    this.timeline = new Chart("Timeline", { x: "time", height: 108, hovermode: "closest", noLegend: true, yaxis: { visible: false, fixedrange: true } });
     this.legend = make("div", { className: "quiet" });
     this.timeline.caption.replaceWith(this.legend);
     this.loss = new Chart("Loss", { unit: "by step", height: 300 });
@@ -30,14 +30,11 @@ class RunPage {
       section("GPUs and hosts", "", this.gpuGrid),
       make(
         "div",
-        { className: "grid" },
-        section("Goodput", "", this.parts.goodput, this.parts.lost),
-        section("Alerts", "", this.parts.alerts),
-        section("Checkpoints", "", this.parts.checkpoints),
-        section("Attempts", "", this.parts.attempts),
-        section("Events", "", this.parts.events),
-        section("Log", "", this.parts.log),
+        { className: "columns" },
+        make("div", {}, section("Goodput", "", this.parts.goodput, this.parts.lost), section("Checkpoints", "", this.parts.checkpoints)),
+        make("div", {}, section("Alerts", "", this.parts.alerts), section("Attempts", "", this.parts.attempts), section("Log", "", this.parts.log)),
       ),
+      section("Events", "", this.parts.events),
     );
     setInterval(() => this.status && this.showStatus(), 1000);
   }
@@ -130,7 +127,7 @@ class RunPage {
     }
     const [loss, evaluation] = this.loss.traces;
     const known = loss.y.filter((value) => value !== null);
-    const parts = [`${words.whole(curve.num_points)} steps`];
+    const parts = [curve.num_points === null ? "a first look, all steps are being read" : `${words.whole(curve.num_points)} steps`];
     if (known.length) parts.push(`first ${words.figure(known[0])}, last ${words.figure(known[known.length - 1])}`);
     if (evaluation.y.length) parts.push(`last evaluation ${words.figure(evaluation.y[evaluation.y.length - 1])}`);
     if (curve.borders.length > 1) parts.push(`${curve.borders.length} attempts, a dotted line where each began`);
