@@ -145,7 +145,7 @@ def measure(browser: Browser, num_runs: int, num_points: int) -> list[tuple[str,
             rows.append((f"fleet of {num_runs} runs, again", f"{timed(page, address, fleet):.2f} s"))
             first_s = timed(page, run, RUN_SHOWN)
             rows.append(
-                (f"run of {num_points} points, first load: all charts, a glimpse of the loss", f"{first_s:.2f} s")
+                (f"run of {num_points:,} points, first load: charts, a glimpse of the curve", f"{first_s:.2f} s")
             )
             all_s = first_s + waited(page, ALL_SHOWN.format(points=num_points))
             rows.append(("and with all of the curve", f"{all_s:.2f} s"))

@@ -19,12 +19,11 @@ _KEEP_OPEN_S = 15.0
 class Source(Protocol):
     """What is shown: a run's page, or the fleet's."""
 
-    @property
-    def is_behind(self) -> bool:
-        """There is more to be had at once."""
-
     def read(self) -> Mapping[str, Any] | None:
-        """What has changed since the last call; empty or None: nothing. May block."""
+        """What has changed since the last call; empty or None: nothing. May block.
+
+        Where ``unfinished`` is true in it, it is called again at once.
+        """
 
     def snapshot(self) -> Mapping[str, Any]:
         """All as of the last ``read``."""
@@ -51,8 +50,8 @@ class Live:
         queue: asyncio.Queue[bytes | None] = asyncio.Queue(_MOST_UNSENT)
         async with self._turn:
             if self._reading is None:
-                await asyncio.to_thread(self._read)
-                self._reading = asyncio.create_task(self._go_on())
+                changed = await asyncio.to_thread(self._read)
+                self._reading = asyncio.create_task(self._go_on(changed))
             first = await asyncio.to_thread(self._source.snapshot)
             self._lookers.add(queue)
         try:
@@ -68,9 +67,9 @@ class Live:
         finally:
             self._lookers.discard(queue)
 
-    async def _go_on(self) -> None:
+    async def _go_on(self, changed: Mapping[str, Any] | None) -> None:
         while True:
-            await asyncio.sleep(0 if self._source.is_behind else self._pause_s)
+            await asyncio.sleep(0 if changed and changed.get("unfinished") else self._pause_s)
             async with self._turn:
                 if not self._lookers:
                     self._reading = None

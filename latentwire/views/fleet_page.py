@@ -32,13 +32,9 @@ class FleetPage:
     Args:
         runs_dir: the folder of the runs.
         clock: seconds since the epoch.
-
-    Attributes:
-        is_behind: there was no time for all that has changed; read again at once.
     """
 
     def __init__(self, runs_dir: Path, clock: Callable[[], float] = time.time) -> None:
-        self.is_behind = False
         self._runs_dir = runs_dir
         self._clock = clock
         self._rows: dict[str, Row] = {}
@@ -47,7 +43,7 @@ class FleetPage:
     def read(self) -> dict[str, Any] | None:
         """Rows that are new or have changed, and names of runs that are gone; None: all is as it was.
 
-        Blocks for about a quarter of a second at most: of many runs some come with the next call.
+        Blocks for about a quarter of a second at most. Where that was too short, ``unfinished`` is true: read again.
         """
         began = time.monotonic()
         runs = {run.name: run for run in list_runs(self._runs_dir)}
@@ -57,15 +53,16 @@ class FleetPage:
             self._looks.pop(name, None)
         changed = {name: {"name": name, "state": None} for name in runs if name not in self._rows}
         self._rows |= changed
-        self.is_behind = False
+        unfinished = False
         for name in sorted(runs, key=lambda name: self._looks.get(name, _NEVER).at):  # the longest not looked at first
             if time.monotonic() - began > _AT_A_TIME_S:
-                self.is_behind = True
+                unfinished = True
                 break
             row = self._look(runs[name])
             if row != self._rows[name]:
                 self._rows[name] = changed[name] = row
-        return {"rows": list(changed.values()), "gone": gone} if changed or gone else None
+        message = {"rows": list(changed.values()), "gone": gone, "unfinished": unfinished}
+        return message if changed or gone or unfinished else None
 
     def snapshot(self) -> dict[str, Any]:
         """All rows as of the last read."""

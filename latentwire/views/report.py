@@ -55,7 +55,7 @@ def report(run: Run) -> str:
     """The page; see ``write_report``."""
     page = RunPage(run)
     page.read()
-    while page.is_behind:
+    while page.has_glimpse:
         page.read()
     data = {"now": time.time(), "sections": page.snapshot()}
     scripts = [plotly_script(), *map(static, SCRIPTS), static("report.js")]

@@ -44,8 +44,8 @@ class RunPage:
         self._next_fold = 0.0
 
     @property
-    def is_behind(self) -> bool:
-        """The curve is a glimpse yet: read again at once."""
+    def has_glimpse(self) -> bool:
+        """The curve is one of some hundred steps yet; the next ``read`` may take seconds."""
         return self._curve.is_behind
 
     def read(self) -> Sections:

@@ -86,9 +86,10 @@ class Grid:
 
     def add(self, time_s: float, readings: Mapping[Key, float], weight: float = 1.0) -> None:
         """Take in what was read at a time; a bin shows the mean, weighted."""
-        if not self.num_bins:
+        if self.num_bins:
+            self._make_room_for(time_s)
+        else:
             self.begin_s = time_s // self.width_s * self.width_s
-        self._make_room_for(time_s)
         place = int((time_s - self.begin_s) // self.width_s)
         self.num_bins = max(self.num_bins, place + 1)
         for key, value in readings.items():
@@ -115,21 +116,17 @@ class Grid:
         }
 
     def _make_room_for(self, time_s: float) -> None:
-        while not self.begin_s <= time_s < self.begin_s + self.max_bins * self.width_s:
-            before = self.begin_s
-            self.width_s *= 2
-            earliest = min(before, time_s)
-            self.begin_s = earliest // self.width_s * self.width_s
-            skipped = round((before - self.begin_s) / (self.width_s / 2))
-            for table in (self._sums, self._weights):
-                for key, column in table.items():
-                    table[key] = _in_pairs(column, skipped)
-            self.num_bins = (self.num_bins + skipped + 1) // 2
-
-
-def _in_pairs(column: array[float], skipped: int) -> array[float]:
-    """Two bins become one; in front of the first come ``skipped`` empty ones."""
-    column = array("d", [0.0] * skipped) + column
-    if len(column) % 2:
-        column.append(0.0)
-    return array("d", map(sum, zip(column[::2], column[1::2], strict=True)))
+        earliest, latest = min(self.begin_s, time_s), max(self.begin_s + (self.num_bins - 1) * self.width_s, time_s)
+        begin_s, width_s = self.begin_s, self.width_s
+        while not begin_s <= earliest <= latest < begin_s + self.max_bins * width_s:
+            width_s *= 2
+            begin_s = earliest // width_s * width_s
+        if (begin_s, width_s) == (self.begin_s, self.width_s):
+            return
+        places = [int((self.begin_s + i * self.width_s - begin_s) // width_s) for i in range(self.num_bins)]
+        for table in (self._sums, self._weights):
+            for key, column in table.items():
+                table[key] = array("d", [0.0] * (places[-1] + 1))
+                for place, value in zip(places, column):  # noqa: B905  a series may have begun, or ended, before others
+                    table[key][place] += value
+        self.begin_s, self.width_s, self.num_bins = begin_s, width_s, places[-1] + 1
