@@ -9,17 +9,16 @@ from importlib.metadata import version
 from pathlib import Path
 
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from latentwire.dashboard.guard import Guard
 from latentwire.dashboard.live import Live
 from latentwire.errors import LatentWireError, RunNotFound
 from latentwire.run.directory import Run, list_runs
+from latentwire.run.prometheus import CONTENT_TYPE, Scrape, exposition
 from latentwire.scheduler.control import cancel_run, signal_run
 from latentwire.views.fleet_page import FleetPage
 from latentwire.views.report import SCRIPTS, static
@@ -45,17 +44,24 @@ class Dashboard:
         self._fleet = Live(FleetPage(runs_dir), "fleet", _LOOK_AT_ALL_S, {})
         self._runs: dict[str, Live] = {}
 
-    def routes(self) -> list[Route | Mount]:
-        """All addresses."""
-        return [
+    def app(self) -> Starlette:
+        """All addresses, unguarded."""
+        routes = [
             Route("/", self.fleet_page),
             Route("/runs/{name}", self.run_page),
             Route("/api/fleet", self.fleet),
             Route("/api/runs/{name}", self.run),
             Route("/api/runs/{name}/{action}", self.act, methods=["POST"]),
+            Route("/metrics", self.metrics),
             Route("/static/plotly.min.js", plotly),
             Mount("/static", StaticFiles(packages=[("latentwire.views", "static")])),
         ]
+        return Starlette(routes=routes)
+
+    def end_streams(self) -> None:
+        """Called when the server stops, which waits for its streams."""
+        for live in (self._fleet, *self._runs.values()):
+            live.end()
 
     async def fleet_page(self, request: Request) -> Response:
         """The empty page of all runs; its script asks for the data."""
@@ -99,27 +105,20 @@ class Dashboard:
             return PlainTextResponse(str(error), 409)
         return PlainTextResponse(said)
 
+    async def metrics(self, request: Request) -> Response:
+        """All runs for Prometheus."""
+        return Response(await asyncio.to_thread(self._exposition), media_type=CONTENT_TYPE)
+
+    def _exposition(self) -> str:
+        return exposition([Scrape.of(run) for run in list_runs(self._runs_dir)])
+
     async def _find(self, request: Request) -> Run:
         name = request.path_params["name"]
-        runs = await run_in_threadpool(list_runs, self._runs_dir)
+        runs = await asyncio.to_thread(list_runs, self._runs_dir)
         found = next((run for run in runs if run.name == name), None)
         if found is None:
             raise HTTPException(404, str(RunNotFound(f"there is no run {name!r}")))
         return found
-
-
-def build_app(runs_dir: Path, allow_actions: bool, token: str | None, only_loopback: bool) -> Guard:
-    """The whole application. Called once, by whoever serves it.
-
-    Args:
-        runs_dir: the folder of the runs.
-        allow_actions: only with a token.
-        token: what a request for data must carry; None: nothing.
-        only_loopback: see :class:`Guard`.
-    """
-    assert token is not None or (only_loopback and not allow_actions)
-    app = Starlette(routes=Dashboard(runs_dir, allow_actions).routes())
-    return Guard(app, token, only_loopback)
 
 
 async def plotly(request: Request) -> Response:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hmac
 import ipaddress
+import re
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -12,6 +13,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _OPEN_PATHS = ("/static/", "/runs/")
+_HOST = re.compile(r"(\[(?P<address>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9.-]+))(:[0-9]+)?")
 _HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -67,7 +69,7 @@ class Guard:
 
     def _refusal(self, scope: Scope) -> PlainTextResponse | None:
         headers = Headers(scope=scope)
-        if self.only_loopback and not is_loopback(_host_of(f"//{headers.get('host', '')}")):
+        if self.only_loopback and not is_loopback(_host_of(headers)):
             return PlainTextResponse("this server answers to localhost and 127.0.0.1 only", 421)
         if scope["method"] not in ("GET", "HEAD") and not _is_own_page(headers):
             return PlainTextResponse("this request comes from another site's page", 403)
@@ -92,8 +94,7 @@ def _is_own_page(headers: Headers) -> bool:
     return same_site and (origin is None or urlsplit(origin).netloc == headers.get("host"))
 
 
-def _host_of(url: str) -> str:
-    try:
-        return urlsplit(url).hostname or ""
-    except ValueError:
-        return ""
+def _host_of(headers: Headers) -> str:
+    """The name by which the server was asked, without the port; empty where it is no name."""
+    found = _HOST.fullmatch(headers.get("host", ""))
+    return (found["address"] or found["name"]) if found else ""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, Protocol
+
+from latentwire.views.encoding import as_json
 
 log = logging.getLogger("latentwire.dashboard")
 
@@ -67,6 +68,17 @@ class Live:
         finally:
             self._lookers.discard(queue)
 
+    def end(self) -> None:
+        """Let all streams end; who looks then comes again, if there is still a server."""
+        for queue in list(self._lookers):
+            self._end(queue)
+
+    def _end(self, queue: asyncio.Queue[bytes | None]) -> None:
+        self._lookers.discard(queue)
+        with contextlib.suppress(asyncio.QueueEmpty):
+            queue.get_nowait()  # so that there is room
+        queue.put_nowait(None)
+
     async def _go_on(self, changed: Mapping[str, Any] | None) -> None:
         while True:
             await asyncio.sleep(0 if changed and changed.get("unfinished") else self._pause_s)
@@ -88,13 +100,9 @@ class Live:
     def _send(self, message: bytes) -> None:
         for queue in list(self._lookers):
             if queue.full():  # who does not take what is sent comes again and gets everything
-                self._lookers.discard(queue)
-                with contextlib.suppress(asyncio.QueueEmpty):
-                    queue.get_nowait()
-                queue.put_nowait(None)
+                self._end(queue)
             else:
                 queue.put_nowait(message)
 
     def _message(self, content: Mapping[str, Any], facts: Mapping[str, Any]) -> bytes:
-        text = json.dumps({"now": time.time(), self._name: content, **facts}, allow_nan=False, separators=(",", ":"))
-        return f"data: {text}\n\n".encode()
+        return f"data: {as_json({'now': time.time(), self._name: content, **facts})}\n\n".encode()

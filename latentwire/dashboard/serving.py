@@ -9,8 +9,8 @@ from pathlib import Path
 
 import uvicorn
 
-from latentwire.dashboard.app import build_app
-from latentwire.dashboard.guard import is_loopback
+from latentwire.dashboard.app import Dashboard
+from latentwire.dashboard.guard import Guard, is_loopback
 from latentwire.errors import LatentWireError
 
 TOKEN_VARIABLE = "LATENTWIRE_DASHBOARD_TOKEN"
@@ -31,10 +31,23 @@ def serve_forever(runs_dir: Path, host: str, port: int, allow_actions: bool) -> 
     shown = host if ":" not in host else f"[{host}]"
     address = f"http://{shown}:{listening.getsockname()[1]}/"
     print(address + (f"#token={token}" if token is not None and given is None else ""), flush=True)
-    app = build_app(runs_dir, allow_actions, token, only_loopback)
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
+    dashboard = Dashboard(runs_dir, allow_actions)
+    guarded = Guard(dashboard.app(), token, only_loopback)
+    config = uvicorn.Config(guarded, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
     with listening:
-        uvicorn.Server(config).run([listening])
+        _Server(config, dashboard).run([listening])
+
+
+class _Server(uvicorn.Server):
+    """Ends the streams before it waits for them."""
+
+    def __init__(self, config: uvicorn.Config, dashboard: Dashboard) -> None:
+        super().__init__(config)
+        self._dashboard = dashboard
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._dashboard.end_streams()
+        await super().shutdown(sockets)
 
 
 def _refuse_without_token(token: str | None, host: str, only_loopback: bool) -> None:

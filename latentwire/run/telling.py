@@ -94,7 +94,10 @@ _WORDS: dict[str, Callable[[Event], str | None]] = {
 def tell(event: Event) -> str | None:
     """The event in words; None for one that only matters in a file."""
     words = _WORDS.get(str(event.get("event")))
-    return words(event) if words is not None else None
+    try:
+        return words(event) if words is not None else None
+    except (TypeError, ValueError, KeyError, AttributeError):  # somebody else's line, or one that was damaged
+        return f"{event.get('event')}: cannot be read"
 
 
 def tell_hang(event: Event) -> str:

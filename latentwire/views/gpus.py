@@ -53,12 +53,16 @@ class GpuView:
         self._run = run
         self._followers: dict[Path, Follower] = {}
         self._grid = Grid(NUM_BINS)
+        self._begin_s = 0.0
         self._num_sent = 0
         self._shown: tuple[float, int] = (0.0, 0)
 
     def read(self) -> dict[str, Any] | None:
         """What charts are to add, or, where ``replace`` is true, to show instead of all; None: nothing new."""
-        for attempt in self._run.attempts():
+        attempts = self._run.attempts()
+        if attempts and not self._begin_s:
+            self._begin_s = time_of({"time": attempts[0].record().get("claimed")})
+        for attempt in attempts:
             for path in sorted(attempt.path.glob("gpu_stats*.jsonl")):
                 follower = self._followers.setdefault(path, Follower(path))
                 for record in follower.read():
@@ -85,8 +89,8 @@ class GpuView:
 
     def _take(self, record: dict[str, Any], node: str) -> None:
         time_s = time_of(record)
-        if "event" in record or not 0 < time_s < time.time() + _CLOCKS_DIFFER_BY_S:
-            return  # a clock that is days ahead would press all else into one corner
+        if "event" in record or not self._begin_s - _CLOCKS_DIFFER_BY_S < time_s < time.time() + _CLOCKS_DIFFER_BY_S:
+            return  # a clock that is days off would press all else into one corner
         gpus, host = record.get("gpus"), record.get("host")
         found = [gpu for gpu in gpus if isinstance(gpu, dict)] if isinstance(gpus, list) else []
         readings: dict[Key, float] = {}

@@ -6,15 +6,13 @@ import base64
 import hashlib
 import html
 import importlib.resources
-import json
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from latentwire.errors import LatentWireError
 from latentwire.run.atomic import write_text
 from latentwire.run.directory import Run
+from latentwire.views.encoding import as_script
 from latentwire.views.run_page import RunPage
 
 SCRIPTS = ("page.js", "charts.js", "run.js")
@@ -67,12 +65,6 @@ def report(run: Run) -> str:
         data=as_script(data),
         scripts="\n".join(f"<script>{script}</script>" for script in scripts),
     )
-
-
-def as_script(value: Mapping[str, Any]) -> str:
-    """JSON that cannot end the script element that it stands in."""
-    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def static(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -97,10 +98,7 @@ def test_a_foreign_name_for_this_machine_gets_nothing(serve: Serve, tmp_path: Pa
 )
 def test_it_refuses_to_be_open_to_all(tmp_path: Path, options: list[str], token: str | None, said: str) -> None:
     command = [sys.executable, "-m", "latentwire", "dashboard", "--port", "0", "--runs-dir", str(tmp_path), *options]
-    environ = {"PATH": "/usr/bin:/bin"} | ({"LATENTWIRE_DASHBOARD_TOKEN": token} if token else {})
-    import os
-
-    environ |= {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+    environ = {**os.environ, "LATENTWIRE_DASHBOARD_TOKEN": token or ""}
     refused = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
     assert refused.returncode == 1
     assert refused.stderr.startswith("latentwire: ")
@@ -122,8 +120,8 @@ def test_no_address_leads_to_a_file_outside(serve: Serve, tmp_path: Path) -> Non
         "/static//etc/passwd",
     ):
         status, body, _ = server.ask(path)
-        assert status == 404, path
-        assert "secret" not in body.replace("..%2fsecret", "").replace("../secret", "")
+        assert status in (404, 405), path  # a name with a slash in it is that of an action, which is a POST
+        assert body in ("Not Found", "Method Not Allowed") or body.startswith("there is no run"), path
 
 
 def test_every_answer_forbids_the_browser_what_no_page_here_needs(serve: Serve, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from running import make_run
 from latentwire.run.goodput import KINDS, Ledger, Span
 from latentwire.views.accounts import MAX_STRETCHES, timeline
 from latentwire.views.curve import NUM_STRETCHES, CurveView
+from latentwire.views.encoding import as_json
 from latentwire.views.fleet_page import FleetPage
 from latentwire.views.gpus import GpuView
 from latentwire.views.run_page import RunPage
@@ -184,12 +185,12 @@ def test_foreign_events_upset_neither_page(tmp_path: Path) -> None:
     (bad.path / "checkpoints" / "step-00000004" / "manifest.json").write_text("{")
     page = RunPage(bad)
     sections = page.read()
-    json.dumps(page.snapshot(), allow_nan=False)
+    as_json(page.snapshot())
     assert sections["checkpoints"][0]["state"] == "bad"
     fleet = FleetPage(tmp_path)
     message = fleet.read()
     assert message is not None
-    json.dumps(message, allow_nan=False)
+    assert json.loads(as_json(message), parse_constant=pytest.fail)
     assert {row["name"] for row in message["rows"]} == {"good", "bad"}
     assert all(row["state"] != "UNREADABLE" for row in message["rows"])
     assert good.name in {row["name"] for row in fleet.snapshot()["rows"]}
@@ -206,4 +207,4 @@ def test_a_run_that_vanishes_leaves_the_fleet(tmp_path: Path) -> None:
     assert message is not None
     assert message["gone"] == ["one"]
     page.read()
-    json.dumps(page.snapshot(), allow_nan=False)
+    as_json(page.snapshot())

@@ -56,7 +56,11 @@ class Chart {
     if (!some.length) return;
     if (this.isDrawn) {
       const update = { x: some.map((each) => each.x), y: some.map((each) => each.y) };
-      Plotly.extendTraces(this.area, update, some.map((each) => each.index)); // pushes onto the traces' own arrays
+      Plotly.extendTraces(this.area, update, some.map((each) => each.index));
+      for (const { index } of some) {
+        const { x, y } = this.area.data[index];
+        Object.assign(this.traces[index], { x, y });
+      }
     } else {
       for (const { index, x, y } of some) {
         this.traces[index].x.push(...x);
