@@ -38,9 +38,9 @@ def report(
 ) -> None:
     """Write what the dashboard shows of a run as one HTML file that needs no network."""
     from latentwire.run.directory import open_run
-    from latentwire.views.report import write_report
+    from latentwire.views.report import REPORT, write_report
 
     opened = open_run(run, runs_dir)
-    path = opened.path / "report.html" if to is None else to
+    path = opened.path / REPORT if to is None else to
     write_report(opened, path)
     print(one_line(str(path)))

@@ -81,6 +81,7 @@ _WORDS: dict[str, Callable[[Event], str | None]] = {
     "mark_failed": lambda e: f"ALARM nothing could be added to {e.get('path')}: {e.get('error')}",
     "prune_failed": lambda e: f"ALARM an old checkpoint could not be deleted: {e.get('error')}",
     "partial_step_not_saved": lambda e: f"WARNING a step was half done and could not be saved at step {e.get('step')}",
+    "report_failed": lambda e: f"WARNING the report was not written: {e.get('error')}",
     "training_finished": lambda e: f"finished at step {e.get('step')}, weights {str(e.get('weights_sha256'))[:16]}",
     "attempt_ended": lambda e: (
         "attempt ended: "

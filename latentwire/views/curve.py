@@ -131,6 +131,8 @@ def _since(step: int, table: Table, key: str) -> dict[str, Any]:
 
 
 def _num_not_finite(values: array[float]) -> int:
+    if len(values) <= 2 * NUM_STRETCHES:
+        return sum(not math.isfinite(value) for value in values)
     import numpy as np
 
     return int(np.count_nonzero(~np.isfinite(np.array(values))))

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import html
 import importlib.resources
+import sys
 import time
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from latentwire.views.run_page import RunPage
 
 SCRIPTS = ("page.js", "charts.js", "run.js")
 """Of the run page, in the order in which they are loaded."""
+
+REPORT = "report.html"
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -87,3 +90,10 @@ def plotly_script() -> str:
 
 def _digest(script: str) -> str:
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+if __name__ == "__main__":  # by the orchestrator, without the command line's imports
+    try:
+        write_report(Run(Path(sys.argv[1])), Path(sys.argv[1]) / REPORT)
+    except (LatentWireError, OSError) as problem:
+        sys.exit(str(problem))

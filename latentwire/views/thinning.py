@@ -28,14 +28,12 @@ def extremes(steps: Sequence[int], values: Sequence[float], num_stretches: int) 
     Returns:
         ``{"x": [..], "y": [..]}`` for JSON; a value that is no number is None.
     """
-    import numpy as np
+    if len(values) > 2 * num_stretches:
+        import numpy as np
 
-    y = np.array(values, dtype=np.float64)
-    x = np.array(steps, dtype=np.int64)
-    if len(y) > 2 * num_stretches:
-        kept = _places_of_extremes(y, num_stretches)
-        x, y = x[kept], y[kept]
-    return {"x": x.tolist(), "y": [plain(value) for value in y.tolist()]}
+        kept = _places_of_extremes(np.array(values, dtype=np.float64), num_stretches).tolist()
+        steps, values = [steps[place] for place in kept], [values[place] for place in kept]
+    return {"x": list(steps), "y": [plain(value) for value in values]}
 
 
 def _places_of_extremes(y: npt.NDArray[np.float64], num_stretches: int) -> npt.NDArray[np.intp]:

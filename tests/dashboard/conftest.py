@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, sync_playwright
-from serving_parts import Server
+from serving_parts import Serve, Server
 
 
 @pytest.fixture(scope="session")
@@ -24,9 +24,6 @@ def browser() -> Iterator[Browser]:
         launched = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield launched
         launched.close()
-
-
-Serve = Callable[..., Server]
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -69,6 +69,9 @@ class Server:
         """Leave nothing behind."""
         self._process.terminate()
         self._process.communicate(timeout=30)
+
+
+Serve = Callable[..., Server]
 
 
 class Tab:

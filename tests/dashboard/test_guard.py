@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Serve
 from running import make_run
-from serving_parts import TOKEN
+from serving_parts import TOKEN, Serve
 
 BEARER = f"Bearer {TOKEN}"
 DATA = ("/api/fleet", "/api/runs/toy", "/metrics")

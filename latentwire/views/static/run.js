@@ -178,7 +178,7 @@ class RunPage {
     this.parts.goodput.replaceChildren(
       make("p", {}, make("strong", {}, words.percent(account.goodput)), ` of ${words.duration(account.allotted_s)} allotted was training that stood`,
         account.gpu_hours ? `; ${words.figure(account.gpu_hours)} GPU-hours held` : ""),
-      table("Time by class", [{ title: "class" }, { title: "time", number: true }, { title: "of the wall clock", number: true }, { title: "" }], rows),
+      table("Time by class", [{ title: "class" }, { title: "time", number: true }, { title: "share", number: true }, { title: "" }], rows),
     );
     const lost = account.lost.map(([cause, seconds, hours]) => [cause, words.duration(seconds), account.gpu_hours ? words.figure(hours) : NOTHING]);
     this.parts.lost.replaceChildren(...(lost.length ? [
