@@ -99,6 +99,17 @@ def long_curve_is_cheap(code: int, output: str) -> Judgement:
     return float(columns[2]) >= 3 and int(memory[1]) < 200, figure
 
 
+def dashboard_is_fast(code: int, output: str) -> Judgement:
+    """Both pages within two seconds of a cold server."""
+    found = dict(re.findall(r"^\| (.+?) \| ([\d.]+) (?:s|ms) \|$", output, re.MULTILINE))
+    first = {
+        page: float(s) for what, s in found.items() for page in ("fleet", "run") if re.match(rf"{page} .*first", what)
+    }
+    if code or set(first) != {"fleet", "run"}:
+        return False, "it did not run to its end"
+    return max(first.values()) < 2, f"fleet of 200 runs {first['fleet']} s, run of a million points {first['run']} s"
+
+
 def kills_pass(code: int, output: str) -> Judgement:
     """The kill tests passed; the figure is the number of kills that they printed."""
     passed, summary = tests_pass(code, output)
@@ -339,6 +350,18 @@ ITEMS = (
         "The simulator foretells the goodput of a drill to 5 %, by the costs of the undisturbed run",
         (sys.executable, "benchmarks/simulator.py"),
         simulator_is_close,
+    ),
+    Item(
+        "dashboard",
+        "Watched in a real browser: live, preempted by a button, hostile files, a phone, a keyboard; nothing without token",
+        _pytest("tests/dashboard"),
+        tests_pass,
+    ),
+    Item(
+        "dashboard-speed",
+        "The dashboard shows 200 runs, and a run of a million points, in under 2 s each",
+        (sys.executable, "benchmarks/dashboard.py"),
+        dashboard_is_fast,
     ),
     Item(
         "curve",
