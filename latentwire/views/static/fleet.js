@@ -14,7 +14,7 @@ const COLUMNS = [
   { key: "attempt", title: "attempt", number: true, cell: (r) => String(r.attempt || NOTHING) },
   { key: "num_preemptions", title: "preempted", number: true, cell: (r) => words.whole(r.num_preemptions === undefined ? null : r.num_preemptions + r.num_lost) },
   { key: "verified_at", title: "verified", number: true, cell: (r) => words.ago(r.verified_at) },
-  { key: "reason", title: "why", words: true, cell: (r) => r.reason || r.warning || "" },
+  { key: "reason", title: "why", words: true, cell: (r) => make("span", { className: "brief", title: r.reason || r.warning || "" }, r.reason || r.warning || "") },
 ];
 
 class FleetPage {
@@ -28,7 +28,7 @@ class FleetPage {
     this.body = make("tbody");
     this.heads = COLUMNS.map((column) => {
       const button = column.fixed ? "" : make("button", { type: "button", onclick: () => this.sortBy(column.key) }, column.title);
-      return make("th", { scope: "col", className: column.number ? "number" : "" }, button);
+      return make("th", { scope: "col", className: column.number ? "number" : column.words ? "words" : "" }, button);
     });
     const all = make("table", { ariaLabel: "Runs" }, make("thead", {}, make("tr", {}, ...this.heads)), this.body);
     this.empty = make("p", { className: "quiet" }, "No runs yet.");
@@ -71,8 +71,10 @@ class FleetPage {
       if (COLUMNS[i].key === this.sort.key) head.setAttribute("aria-sort", this.sort.down ? "descending" : "ascending");
       else head.removeAttribute("aria-sort");
     });
+    const isShown = COLUMNS.map((each) => each.key !== "gpu_percent" || all.some((row) => typeof row.gpu_percent === "number"));
+    this.heads.forEach((head, i) => (head.hidden = !isShown[i]));
     const focused = this.body.contains(document.activeElement) ? document.activeElement.getAttribute("href") : null;
-    this.body.replaceChildren(...wanted.map((row) => make("tr", {}, ...COLUMNS.map((each) =>
+    this.body.replaceChildren(...wanted.map((row) => make("tr", {}, ...COLUMNS.filter((_, i) => isShown[i]).map((each) =>
       make("td", { className: each.number ? "number" : each.words ? "words" : "" }, each.cell(row))))));
     if (focused) [...this.body.querySelectorAll("a")].find((link) => link.getAttribute("href") === focused)?.focus();
     this.empty.hidden = all.length > 0;

@@ -51,7 +51,9 @@ const words = {
   ago(time) {
     if (typeof time !== "number") return NOTHING;
     const seconds = words.now() - time;
-    return seconds < 2 ? "just now" : `${words.duration(seconds < 60 ? Math.round(seconds) : seconds)} ago`;
+    if (seconds < 2) return "just now";
+    if (seconds < 60) return `${Math.round(seconds)} s ago`;
+    return seconds < 3600 ? `${Math.floor(seconds / 60)} min ago` : `${words.duration(seconds)} ago`;
   },
 
   size(bytes) {

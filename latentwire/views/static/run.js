@@ -79,6 +79,7 @@ class RunPage {
       this.details = make("div");
       this.head.replaceChildren(make("div", { className: "head" }, this.title, this.badges, this.actions), this.details);
     }
+    document.title = `${s.name} ${s.state}`;
     this.badges.replaceChildren(stateBadge(s.state), make("span", { className: "quiet" }, s.phase ? ` ${s.phase}` : ""));
     this.details.replaceChildren(...notices, list);
   }
@@ -90,7 +91,7 @@ class RunPage {
         type: "bar", orientation: "h", name: kind, tint: kind, width: 1, y: own.map(() => 0),
         base: own.map((span) => asLocal(span.begin)), x: own.map((span) => span.end - span.begin),
         text: own.map((span) => unmarked(
-          `${kind}${span.attempt ? `, attempt ${span.attempt}` : ""}${span.cause ? ` (${span.cause})` : ""}: ${words.duration((span.end - span.begin) / 1000)}`)),
+          `${span.mixed ? "mostly " : ""}${kind}${span.attempt ? `, attempt ${span.attempt}` : ""}${span.cause ? ` (${span.cause})` : ""}: ${words.duration((span.end - span.begin) / 1000)}`)),
         textposition: "none", hovertemplate: "%{text}<extra></extra>",
       };
     }).filter((trace) => trace.x.length);
@@ -100,6 +101,7 @@ class RunPage {
     this.timeline.shapes = [...starts.values()];
     if (spans.length) this.timeline.axes.xaxis = { range: [asLocal(spans[0].begin), asLocal(spans[spans.length - 1].end)] };
     this.timeline.replace(traces);
+    if (new Set(spans.map((span) => span.attempt)).size > 40) this.timeline.shapes = [];
     const sums = KIND_ORDER.map((kind) => [kind, spans.filter((s) => s.kind === kind).reduce((sum, s) => sum + s.end - s.begin, 0)]);
     const present = sums.filter(([, ms]) => ms > 0);
     this.legend.replaceChildren(...present.map(([kind]) => make("span", {}, swatch(kind), `${kind}\u2003`)));
