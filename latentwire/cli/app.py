@@ -12,8 +12,8 @@ from latentwire.cli.checkpoints import checkpoints
 from latentwire.cli.checks import checklist, drill
 from latentwire.cli.config import config
 from latentwire.cli.control import cancel, preempt
-from latentwire.cli.diagnosis import diagnose
 from latentwire.cli.dashboard import dashboard, report
+from latentwire.cli.diagnosis import diagnose
 from latentwire.cli.events import events
 from latentwire.cli.goodput import goodput
 from latentwire.cli.logs import logs

@@ -13,7 +13,8 @@ from typing import Any
 
 from latentwire.run.directory import Run, list_runs
 from latentwire.run.journal import newest_first
-from latentwire.run.status import run_status
+from latentwire.run.seen import SeenRun
+from latentwire.run.status import status_of
 from latentwire.views.thinning import figure
 
 Row = dict[str, Any]
@@ -39,6 +40,7 @@ class FleetPage:
         self._clock = clock
         self._rows: dict[str, Row] = {}
         self._looks: dict[str, _Look] = {}
+        self._seen: dict[str, SeenRun] = {}
 
     def read(self) -> dict[str, Any] | None:
         """Rows that are new or have changed, and names of runs that are gone; None: all is as it was.
@@ -51,6 +53,7 @@ class FleetPage:
         for name in gone:
             del self._rows[name]
             self._looks.pop(name, None)
+            self._seen.pop(name, None)
         changed = {name: {"name": name, "state": None} for name in runs if name not in self._rows}
         self._rows |= changed
         unfinished = False
@@ -79,7 +82,12 @@ class FleetPage:
             return row
         self._looks[run.name] = _Look(stamp, now, time.monotonic())
         try:
-            return _row(run, now)
+            seen = self._seen.pop(run.name, None) or SeenRun(run)
+            seen.look()
+            row = _row(seen, now)
+            if row["phase"] is not None:  # it goes on: what was read of it is kept
+                self._seen[run.name] = seen
+            return row
         except Exception as error:  # whatever one run's files hold, the others are shown
             log.exception("%s cannot be read", run.path)
             return {"name": run.name, "state": "UNREADABLE", "reason": f"{type(error).__name__}: {error}"}
@@ -95,8 +103,8 @@ class _Look:
 _NEVER = _Look(None, 0.0, 0.0)
 
 
-def _row(run: Run, now: float) -> Row:
-    status = dataclasses.asdict(run_status(run, now))
+def _row(run: SeenRun, now: float) -> Row:
+    status = dataclasses.asdict(status_of(run, now))
     losses: list[float | None] = []
     gpu_percent = None
     if status["attempt"]:

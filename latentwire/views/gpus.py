@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from pathlib import Path
 from typing import Any
 
+from latentwire.monitor.stats import StatsFile, StatsFollower, stats_files
 from latentwire.run.directory import Run
-from latentwire.run.journal import Follower, time_of
+from latentwire.run.journal import time_of
 from latentwire.views.thinning import Grid, Key, figure
 
 NUM_BINS = 600
@@ -46,12 +48,34 @@ PANELS = (
 )
 
 
+class _Monitor:
+    """What one monitor wrote: first all, however it was thinned since, then what is new."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = StatsFile(path)
+        self._follower = StatsFollower(path)
+        self._last_s: float | None = None
+
+    def read(self) -> list[dict[str, Any]]:
+        """Records that were not returned yet."""
+        records: list[dict[str, Any]] = []
+        if self._last_s is None:
+            with contextlib.suppress(OSError):  # vanished: there is nothing to show
+                records = list(self._file.read())
+            self._last_s = max(map(time_of, records), default=0.0)
+        last_s = self._last_s
+        records += [record for record in self._follower.read() if time_of(record) > last_s]
+        self._last_s = max(map(time_of, records), default=last_s)
+        return records
+
+
 class GpuView:
     """Follows the monitors of all attempts of a run."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._followers: dict[Path, Follower] = {}
+        self._monitors: dict[Path, _Monitor] = {}
+        self._closed: set[int] = set()
         self._grid = Grid(NUM_BINS)
         self._begin_s = 0.0
         self._num_sent = 0
@@ -63,10 +87,13 @@ class GpuView:
         if attempts and not self._begin_s:
             self._begin_s = time_of({"time": attempts[0].record().get("claimed")})
         for attempt in attempts:
-            for path in sorted(attempt.path.glob("gpu_stats*.jsonl")):
-                follower = self._followers.setdefault(path, Follower(path))
-                for record in follower.read():
+            if attempt.number in self._closed:
+                continue
+            for path in stats_files(attempt.path):
+                for record in self._monitors.setdefault(path, _Monitor(path)).read():
                     self._take(record, node=path.name.split(".")[1].replace("jsonl", ""))
+            if attempt not in attempts[-2:]:
+                self._closed.add(attempt.number)
         if self._shown != (self._grid.width_s, len(self._grid.keys)):
             return self.snapshot() if self._grid.num_bins > 1 else None
         first = self._num_sent
@@ -105,7 +132,8 @@ class GpuView:
                 if (value := figure(source.get(panel.key))) is not None
             }
             readings |= {(panel.key, name): value for name, value in _few(values, node).items()}
-        self._grid.add(time_s, readings)
+        weight = figure(record.get("seconds")) or 1.0
+        self._grid.add(time_s, readings, weight)
 
 
 def _few(values: dict[str, float], node: str) -> dict[str, float]:

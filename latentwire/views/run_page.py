@@ -10,8 +10,9 @@ from typing import Any
 from latentwire.run.budget import Verdict, verdict_of
 from latentwire.run.directory import Attempt, Run
 from latentwire.run.goodput import ledger_of
-from latentwire.run.journal import last_record, time_of
-from latentwire.run.status import is_running, run_status
+from latentwire.run.journal import time_of
+from latentwire.run.seen import SeenRun
+from latentwire.run.status import is_running, status_of
 from latentwire.views.accounts import goodput, timeline
 from latentwire.views.checkpoints import CheckpointsView
 from latentwire.views.curve import CurveView
@@ -35,6 +36,7 @@ class RunPage:
 
     def __init__(self, run: Run, clock: Callable[[], float] = time.time) -> None:
         self.run = run
+        self._seen = SeenRun(run)
         self._clock = clock
         self._curve = CurveView(run)
         self._gpus = GpuView(run)
@@ -75,11 +77,12 @@ class RunPage:
 
     def _folded(self) -> Sections:
         now = self._clock()
-        attempts, alive = self.run.attempts(), is_running(self.run, now)
-        ledger = ledger_of(self.run, now, alive)
+        self._seen.look()
+        attempts, alive = self._seen.attempts(), is_running(self._seen, now)
+        ledger = ledger_of(self._seen, now, alive)
         spans = timeline(ledger)
         return {
-            "status": dataclasses.asdict(run_status(self.run, now)),
+            "status": dataclasses.asdict(status_of(self._seen, now)),
             "timeline": spans,
             "goodput": goodput(ledger),
             "attempts": [_attempt(a, spans, alive and a is attempts[-1]) for a in attempts],
@@ -96,7 +99,6 @@ class RunPage:
 
 def _attempt(attempt: Attempt, spans: list[dict[str, Any]], alive: bool) -> dict[str, Any]:
     own = [span for span in spans if span["attempt"] == attempt.number]
-    last = last_record(attempt.path / "metrics.jsonl", key="loss") or {}
     verdict = Verdict("running") if alive else verdict_of(attempt)
     record = attempt.record()
     agent = attempt.agent()
@@ -104,7 +106,7 @@ def _attempt(attempt: Attempt, spans: list[dict[str, Any]], alive: bool) -> dict
         "number": attempt.number,
         "begin": own[0]["begin"] if own else round(time_of({"time": record.get("claimed")}) * 1000),
         "end": own[-1]["end"] if own else None,
-        "step": last.get("step"),
+        "step": attempt.last_step().get("step"),
         "outcome": verdict.outcome,
         "cause": verdict.cause,
         "error": verdict.error,

@@ -24,6 +24,7 @@ class EventsView:
     def __init__(self, run: Run) -> None:
         self._run = run
         self._followers: dict[Path, Follower] = {}
+        self._closed: set[int] = set()
         self._told: collections.deque[dict[str, Any]] = collections.deque(maxlen=NUM_EVENTS)
 
     def read(self) -> list[dict[str, Any]] | None:
@@ -39,13 +40,20 @@ class EventsView:
         return sorted(self._told, key=lambda told: -told["time"])
 
     def _new(self) -> Iterator[dict[str, Any]]:
-        files: list[tuple[int | None, Path]] = [(None, self._run.orchestrator_events)]
-        files += [(a.number, path) for a in self._run.attempts() for path in sorted(a.path.glob("events.*.jsonl"))]
-        for attempt, path in files:
-            for event in self._followers.setdefault(path, Follower(path)).read():
-                words = tell(event)
-                if words is not None:
-                    yield _told(event, words, attempt, path.name.split(".")[1])
+        yield from self._new_of(None, self._run.orchestrator_events)
+        attempts = self._run.attempts()
+        for attempt in attempts:
+            if attempt.number not in self._closed:
+                for path in attempt.event_files():
+                    yield from self._new_of(attempt.number, path)
+            if attempt not in attempts[-2:]:
+                self._closed.add(attempt.number)
+
+    def _new_of(self, attempt: int | None, path: Path) -> Iterator[dict[str, Any]]:
+        for event in self._followers.setdefault(path, Follower(path)).read():
+            words = tell(event)
+            if words is not None:
+                yield _told(event, words, attempt, path.name.split(".")[1])
 
 
 def _told(event: dict[str, Any], words: str, attempt: int | None, writer: str) -> dict[str, Any]:

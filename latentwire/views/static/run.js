@@ -216,7 +216,7 @@ class RunPage {
     const rows = (list) => list.map((e) => [words.time(e.time * 1000), e.attempt ? String(e.attempt) : NOTHING,
       make("span", { className: e.level === "alarm" ? "bad" : e.level === "warning" ? "warn" : "" }, e.text)]);
     const columns = [{ title: "time" }, { title: "attempt", number: true }, { title: "", words: true }];
-    const grave = events.filter((e) => e.level);
+    const grave = events.filter((e) => e.level || e.event === "alert_over");
     this.parts.alerts.replaceChildren(grave.length ? scrolled("Alerts", table("Alerts", columns, rows(grave)))
       : make("p", { className: "quiet" }, "Nothing to warn of."));
     this.parts.events.replaceChildren(scrolled("Events", table("Events", columns, rows(events))));
