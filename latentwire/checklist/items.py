@@ -101,11 +101,14 @@ def long_curve_is_cheap(code: int, output: str) -> Judgement:
 
 def dashboard_is_fast(code: int, output: str) -> Judgement:
     """Both pages within two seconds of a cold server."""
-    rows = re.findall(r"^\| (fleet|run) of .* first load: .* \| ([\d.]+) s \|$", output, re.MULTILINE)
-    first = {page: float(seconds) for page, seconds in rows}
-    if code or set(first) != {"fleet", "run"}:
+    rows = re.findall(
+        r"^\| (fleet|run) of [\d,]+ \w+, (first load|again): (?:.*) \| ([\d.]+) s \|$", output, re.MULTILINE
+    )
+    found = {(page, when): float(seconds) for page, when, seconds in rows}  # of a page that comes in parts the last
+    if code or len(found) < 4:
         return False, "it did not run to its end"
-    return max(first.values()) < 2, f"fleet of 200 runs {first['fleet']} s, run of a million points {first['run']} s"
+    figures = ", ".join(f"{page} {when} {seconds} s" for (page, when), seconds in found.items())
+    return max(found.values()) < 2, figures
 
 
 def kills_pass(code: int, output: str) -> Judgement:
@@ -357,7 +360,7 @@ ITEMS = (
     ),
     Item(
         "dashboard-speed",
-        "The dashboard shows 200 runs, and a run of a million points, in under 2 s each",
+        "200 runs with their states; a run's status and tables, and with a warm browser a million points: under 2 s",
         (sys.executable, "benchmarks/dashboard.py"),
         dashboard_is_fast,
     ),

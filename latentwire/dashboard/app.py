@@ -69,7 +69,7 @@ class Dashboard:
 
     async def run_page(self, request: Request) -> Response:
         """The empty page of a run."""
-        plotly = f'<script id="plotly" src="/static/plotly.min.js?{version("plotly")}" async></script>\n'
+        plotly = f'<link rel="preload" as="script" href="/static/plotly.min.js?{version("plotly")}">\n'
         return _page(*SCRIPTS, "live.js", "run_live.js", before=plotly)
 
     async def fleet(self, request: Request) -> Response:

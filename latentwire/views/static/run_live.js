@@ -4,6 +4,7 @@
   token.take();
   const name = decodeURIComponent(location.pathname.split("/").pop());
   const api = `/api/runs/${encodeURIComponent(name)}`;
+  let isDrawing = false;
   const page = new RunPage(document.getElementById("main"));
   const ACTIONS = [
     ["save", "Save now", `Let ${name} save now and go on?`],
@@ -34,6 +35,11 @@
 
   follow(api, (message) => {
     page.apply(message.sections);
+    if (!isDrawing) {
+      isDrawing = true;
+      const source = document.querySelector("link[rel=preload]").href;
+      setTimeout(() => Chart.drawWith(make("script", { src: source })), 50); // once the tables are shown
+    }
     if (message.actions) showActions();
   }, connection());
 }
