@@ -183,12 +183,12 @@ def take_screenshots(browser: Browser, runs_dir: Path, run: str, folder: Path) -
     folder.mkdir(parents=True, exist_ok=True)
     with served(runs_dir) as (address, _):
         for name, path, height, shown in (
-            ("dashboard-fleet", "", 420, FLEET_SHOWN.format(runs=1)),
+            ("dashboard-fleet", "", 470, FLEET_SHOWN.format(runs=1)),
             ("dashboard-run", f"runs/{run}", 1180, RUN_SHOWN),
         ):
             page = browser.new_page(viewport={"width": 1280, "height": height})
             timed(page, address + path, shown)
-            page.wait_for_timeout(1500)
+            page.wait_for_timeout(4000)
             page.screenshot(path=folder / f"{name}.png")
 
 
