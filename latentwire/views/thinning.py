@@ -40,12 +40,14 @@ def _places_of_extremes(y: npt.NDArray[np.float64], num_stretches: int) -> npt.N
     import numpy as np
 
     length = math.ceil(len(y) / num_stretches)
-    whole = len(y) // length * length
-    unknown = ~np.isfinite(y[:whole])
-    begins = np.arange(0, whole, length)
-    lows = np.where(unknown, np.inf, y[:whole]).reshape(-1, length).argmin(axis=1) + begins
-    highs = np.where(unknown, -np.inf, y[:whole]).reshape(-1, length).argmax(axis=1) + begins
-    return np.unique(np.concatenate([[0], lows, highs, np.arange(max(whole, len(y) - 1), len(y)), [len(y) - 1]]))
+    padded = np.full(num_stretches * length, np.nan)
+    padded[: len(y)] = y
+    unknown = ~np.isfinite(padded)
+    begins = np.arange(0, len(padded), length)
+    lows = np.where(unknown, np.inf, padded).reshape(-1, length).argmin(axis=1) + begins
+    highs = np.where(unknown, -np.inf, padded).reshape(-1, length).argmax(axis=1) + begins
+    kept = np.unique(np.concatenate([[0, len(y) - 1], lows, highs]))
+    return kept[kept < len(y)]
 
 
 def plain(value: float | None) -> float | None:

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from running import make_run
 
@@ -25,7 +25,8 @@ from latentwire.views.thinning import Grid, extremes
 VALUES = st.lists(st.floats(allow_nan=True, allow_infinity=True, width=32), max_size=400)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=300)
+@example([0.0] * 6 + [-1.0, 0.0], 3)
 @given(VALUES, st.integers(1, 50))
 def test_few_points_show_the_same_extremes_as_all(values: list[float], num_stretches: int) -> None:
     shown = extremes(range(len(values)), values, num_stretches)
