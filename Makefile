@@ -25,6 +25,7 @@ test: test-fast test-slurm
 # Tests wait more than they work, so several files run side by side, those of long runs (tests/train) first.
 test-fast: $(INSTALLED)
 	@sh tests/faults/install.sh
+	@sh tests/dashboard/install.sh
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --timeout 900 -m "not slow and not gpu and not slurm"
 
 # Here each process has a Slurm of its own.

@@ -99,6 +99,18 @@ def long_curve_is_cheap(code: int, output: str) -> Judgement:
     return float(columns[2]) >= 3 and int(memory[1]) < 200, figure
 
 
+def dashboard_is_fast(code: int, output: str) -> Judgement:
+    """Both pages within two seconds of a cold server."""
+    rows = re.findall(
+        r"^\| (fleet|run) of [\d,]+ \w+, (first load|again): (?:.*) \| ([\d.]+) s \|$", output, re.MULTILINE
+    )
+    found = {(page, when): float(seconds) for page, when, seconds in rows}  # of a page that comes in parts the last
+    if code or len(found) < 4:
+        return False, "it did not run to its end"
+    figures = ", ".join(f"{page} {when} {seconds} s" for (page, when), seconds in found.items())
+    return max(found.values()) < 2, figures
+
+
 def kills_pass(code: int, output: str) -> Judgement:
     """The kill tests passed; the figure is the number of kills that they printed."""
     passed, summary = tests_pass(code, output)
@@ -339,6 +351,18 @@ ITEMS = (
         "The simulator, given a drill's preemptions and costs, comes to its goodput within 5 %",
         (sys.executable, "benchmarks/simulator.py"),
         simulator_is_close,
+    ),
+    Item(
+        "dashboard",
+        "In a real browser: a live run preempted by a button, hostile files, a phone, a keyboard; no token, no data",
+        _pytest("tests/dashboard"),
+        tests_pass,
+    ),
+    Item(
+        "dashboard-speed",
+        "200 runs with their states; a run's status and tables, and with a warm browser a million points: under 2 s",
+        (sys.executable, "benchmarks/dashboard.py"),
+        dashboard_is_fast,
     ),
     Item(
         "curve",

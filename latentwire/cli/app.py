@@ -12,6 +12,7 @@ from latentwire.cli.checkpoints import checkpoints
 from latentwire.cli.checks import checklist, drill
 from latentwire.cli.config import config
 from latentwire.cli.control import cancel, preempt
+from latentwire.cli.dashboard import dashboard, report
 from latentwire.cli.diagnosis import diagnose
 from latentwire.cli.events import events
 from latentwire.cli.goodput import goodput
@@ -67,6 +68,8 @@ app.command()(track)
 app.command()(goodput)
 app.command()(simulate)
 app.command()(diagnose)
+app.command()(report)
+app.command()(dashboard)
 app.command()(preempt)
 app.command()(cancel)
 app.add_typer(config)

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import enum
-import os
 import signal as signals
-import time
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from latentwire.cli import DEFAULT_RUNS_DIR
 from latentwire.cli.arguments import RunArgument, RunsDirOption
 from latentwire.cli.text import one_line
-from latentwire.errors import RunError, SchedulerError
-
-if TYPE_CHECKING:
-    from latentwire.run.directory import Attempt, Run
 
 
 class Signal(str, enum.Enum):
@@ -43,117 +37,18 @@ def preempt(
 ) -> None:
     """Send a running attempt the signal of a preemption."""
     from latentwire.run.directory import open_run
+    from latentwire.scheduler.control import signal_run
 
     opened = open_run(run, runs_dir)
-    attempt = _running(opened)
-    if attempt is None:
-        raise RunError(f"{opened.name} is not running, so there is nothing to preempt: {_why_not(opened)}")
-    to = _send(attempt, signals.Signals[f"SIG{signal.value}"])
+    to = signal_run(opened, signals.Signals[f"SIG{signal.value}"])
     print(one_line(f"sent SIG{signal.value} to {to}; what it does with it: latentwire events {opened.name} --follow"))
 
 
 def cancel(run: RunArgument, runs_dir: RunsDirOption = DEFAULT_RUNS_DIR) -> None:
     """Let a run save and leave; nobody starts it again."""
     from latentwire.run.directory import open_run
+    from latentwire.scheduler.control import cancel_run
 
-    opened = open_run(run, runs_dir)
-    attempts = opened.attempts()
-    ended = attempts[-1].ended() if attempts else None
-    if ended is not None and ended.get("outcome") == "finished":
-        raise RunError(f"{opened.name} is finished: there is nothing to cancel")
-    _write_mark(opened)  # before the signal: whoever sees the attempt end must see the mark
-    try:
-        lines = _stop(opened)
-    except SchedulerError as error:
-        raise SchedulerError(
-            f"{error}; the cancel itself is on disk: {opened.name} ends at its next stop. Try again where Slurm "
-            f"answers, or take it back: python -m latentwire.orchestrate --resume {run}"
-        ) from None
-    for line in lines:
+    for line in cancel_run(open_run(run, runs_dir)):
         print(one_line(line))
     print(one_line(f"nobody starts it again; to take that back: python -m latentwire.orchestrate --resume {run}"))
-
-
-def _write_mark(run: Run) -> None:
-    import getpass
-
-    from latentwire.run.process import node_name
-
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a uid without a name, as in many containers
-        user = f"uid {os.getuid()}"
-    run.mark_cancelled(user=user, host=node_name(), pid=os.getpid())
-
-
-def _stop(run: Run) -> list[str]:
-    """End what runs and what waits in the queue; says what was done."""
-    attempt = _running(run)
-    job_id = _slurm_job(run)
-    if job_id is not None:
-        try:
-            _scancel(job_id)
-        except SchedulerError as error:
-            if attempt is not None:
-                raise
-            return [f"{run.name} is not running, and no job of it waits ({error})"]
-        return [f"cancelled Slurm job {job_id} of {run.name}: what runs of it saves and leaves"]
-    if attempt is None:
-        return [f"{run.name} is not running: {_why_not(run)}"]
-    return [f"sent SIGTERM to {_send(attempt, signals.SIGTERM)}: it saves and leaves"]
-
-
-def _running(run: Run) -> Attempt | None:
-    """The newest attempt if it is alive."""
-    from latentwire.run.status import is_alive
-
-    attempts = run.attempts()
-    alive = bool(attempts) and attempts[-1].ended() is None and is_alive(attempts[-1], time.time())
-    return attempts[-1] if alive else None
-
-
-def _why_not(run: Run) -> str:
-    from latentwire.run.status import run_status
-
-    status = run_status(run)
-    return f"it is {status.state}" + (f" ({status.reason})" if status.reason else "")
-
-
-def _slurm_job(run: Run) -> str | None:
-    """The newest Slurm job: of the newest attempt, or one that was submitted and has not started yet."""
-    from latentwire.scheduler.jobs import list_jobs
-
-    jobs = list_jobs(run)
-    if jobs:
-        return jobs[-1].job_id if jobs[-1].scheduler == "slurm" else None
-    attempts = run.attempts()
-    record = attempts[-1].record() if attempts else {}
-    return str(record["job_id"]) if record.get("scheduler") == "slurm" else None
-
-
-def _send(attempt: Attempt, signum: signals.Signals) -> str:
-    """Send a signal to a living attempt; says to what."""
-    record = attempt.record()
-    of = f"attempt {attempt.number} of {attempt.run.name}"
-    if record.get("scheduler") == "slurm":
-        from latentwire.scheduler.slurm import signal_target
-
-        _scancel(signal_target(str(record["job_id"]), signum), "-s", signum.name.removeprefix("SIG"))
-        return f"Slurm job {record['job_id']}, {of}"
-    agent = attempt.agent()
-    if agent is None or not agent.send(signum):
-        where = "" if agent is None else f" (pid {agent.pid} on {agent.host})"
-        raise RunError(f"the agent of {of}{where} could not be reached: it ended just now, or this is not its host")
-    return f"the agent of {of} (pid {agent.pid} on {agent.host})"
-
-
-def _scancel(job_id: str, *options: str) -> None:
-    import subprocess
-
-    command = ["scancel", *options, job_id]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    except FileNotFoundError:
-        raise SchedulerError(f"there is no scancel on PATH to reach job {job_id}: log in to the cluster") from None
-    if result.returncode:
-        raise SchedulerError(f"{' '.join(command)}: {result.stderr.strip() or f'exit {result.returncode}'}")

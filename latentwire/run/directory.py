@@ -22,6 +22,7 @@
         *.node1.*                  what the second node's agent and monitor write
       checkpoints/step-00001200/   see latentwire.checkpoint
       metrics.json  gpu_stats.json roll-ups over all attempts
+      report.html                  the run on one page
 """
 
 from __future__ import annotations

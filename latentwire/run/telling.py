@@ -81,6 +81,7 @@ _WORDS: dict[str, Callable[[Event], str | None]] = {
     "mark_failed": lambda e: f"ALARM nothing could be added to {e.get('path')}: {e.get('error')}",
     "prune_failed": lambda e: f"ALARM an old checkpoint could not be deleted: {e.get('error')}",
     "partial_step_not_saved": lambda e: f"WARNING a step was half done and could not be saved at step {e.get('step')}",
+    "report_failed": lambda e: f"WARNING the report was not written: {e.get('error')}",
     "training_finished": lambda e: f"finished at step {e.get('step')}, weights {str(e.get('weights_sha256'))[:16]}",
     "attempt_ended": lambda e: (
         "attempt ended: "
@@ -94,7 +95,10 @@ _WORDS: dict[str, Callable[[Event], str | None]] = {
 def tell(event: Event) -> str | None:
     """The event in words; None for one that only matters in a file."""
     words = _WORDS.get(str(event.get("event")))
-    return words(event) if words is not None else None
+    try:
+        return words(event) if words is not None else None
+    except (TypeError, ValueError, KeyError, AttributeError):  # somebody else's line, or one that was damaged
+        return f"{event.get('event')}: cannot be read"
 
 
 def tell_hang(event: Event) -> str:

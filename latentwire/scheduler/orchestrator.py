@@ -20,6 +20,7 @@ from latentwire.run.telling import tell
 from latentwire.scheduler import ladder
 from latentwire.scheduler.jobs import Job, write_job
 from latentwire.scheduler.queue import Queue, ask, run_once
+from latentwire.scheduler.reports import Reports
 from latentwire.scheduler.submission import Request, is_permanent, scheduler_kinds, submit
 from latentwire.scheduler.watched import Watched
 
@@ -59,6 +60,7 @@ class Orchestrator:
         self._next_renewal = clock() + _RENEW_S
         self._next_ask = 0.0
         self._eager_until = 0.0
+        self._reports = Reports()
         self.watched: list[Watched] = []
         try:
             self.watched.extend(Watched(run) for run in runs)
@@ -80,6 +82,8 @@ class Orchestrator:
                 self._fold(0.0 if not open_ones else _FOLD_S if len(open_ones) <= _FEW else _FOLD_MANY_S)
                 self._show([watched.status for watched in self.watched])
                 pause = _LOOK_S if len(open_ones) <= _FEW else _LOOK_AT_MANY_S
+                if not open_ones:
+                    self._reports.finish(self._stop)
                 if not open_ones or self._stop.wait(pause):
                     self._fold(0.0)
                     return [watched.status for watched in self.watched]
@@ -103,6 +107,7 @@ class Orchestrator:
         """Read what changed; now and then ask the schedulers, and do what is to be done."""
         self._renew()
         self._tell_news()
+        self._reports.go_on()
         now = self._clock()
         open_ones = [watched for watched in self.watched if not watched.done]
         if now < self._next_ask and any(self._is_slurm(watched) for watched in open_ones):
@@ -138,6 +143,8 @@ class Orchestrator:
                 if event.get("event") in _TURNING_POINTS:
                     self._eager_until = self._clock() + _EAGER_FOR_S
                     self._next_ask = 0.0
+                if event.get("event") == "attempt_ended":
+                    self._reports.want(watched)
                 line = tell(event)
                 if line is not None:
                     log.info("%s: %s", watched.run.name, line)
