@@ -22,12 +22,12 @@ from latentwire.run.budget import verdict_of
 from latentwire.run.directory import Attempt, Run, list_runs
 
 TOP = Path(__file__).parents[2]
-README = TOP / "README.md"
+README, WATCHING = TOP / "README.md", TOP / "docs/watching.md"
 
 
-def blocks(mark: str, language: str) -> list[str]:
-    """The fenced blocks of the README that follow the comment ``<!-- mark -->``."""
-    text = README.read_text(encoding="utf-8")
+def blocks(mark: str, language: str, path: Path = README) -> list[str]:
+    """The fenced blocks of a page that follow the comment ``<!-- mark -->``."""
+    text = path.read_text(encoding="utf-8")
     return re.findall(rf"<!-- {mark} -->\n+```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
@@ -161,7 +161,8 @@ def test_the_own_loop_goes_on_after_a_kill(loops: dict[str, Ended]) -> None:
 
 def test_the_commands_run(tmp_path: Path) -> None:
     """In the order in which they stand, with the configs of the repository and a run of the quickstart's name."""
-    commands = [line for block in blocks("tested", "sh") for line in block.splitlines() if line.strip()]
+    found = [*blocks("tested", "sh"), *blocks("tested", "sh", WATCHING)]
+    commands = [line for block in found for line in block.splitlines() if line.strip()]
     assert commands
     shutil.copytree(TOP / "configs", tmp_path / "configs")
     assert run_agent(make_run(tmp_path / "runs", "quickstart")) == "finished"
