@@ -88,10 +88,11 @@ class _Figures:
         timed = [step for step in steps if (figure_of(step, "step_s") or 0) > 0]
         self.steps = timed[1:] if len(timed) > 2 else timed
         training = [sample for sample in samples if self._is_in_training(sample)]
-        readings = [(str(gpu.get("uuid")), gpu) for sample in training for gpu in gpus_of(sample)]
-        working = {uuid for uuid, gpu in readings if any(figure_of(gpu, name) for name in _SIGNS_OF_WORK)}
-        self.gpus: list[Record] = [gpu for uuid, gpu in readings if uuid in working]
+        readings = [(str(gpu.get("uuid")), gpu, _stands_for(each)) for each in training for gpu in gpus_of(each)]
+        working = {uuid for uuid, gpu, _ in readings if any(figure_of(gpu, name) for name in _SIGNS_OF_WORK)}
+        self.gpus: list[Record] = [gpu for uuid, gpu, _ in readings if uuid in working]
         """Readings of the GPUs that ever did something: others on the node are not this run's."""
+        self._seconds = [seconds for uuid, _, seconds in readings if uuid in working]
         self.hosts = [host_of(sample) for sample in training]
         self.step_s = self.total("step_s")
         self.save_s = self.total("save_s")
@@ -132,8 +133,11 @@ class _Figures:
         return sum(figure_of(step, name) or 0.0 for step in self.steps)
 
     def mean(self, name: str) -> float | None:
-        """Mean over all readings of the working GPUs; None without any."""
-        return _mean(figure_of(gpu, name) for gpu in self.gpus)
+        """Mean over time of the working GPUs' readings, of which old ones stand for minutes; None without any."""
+        pairs = zip((figure_of(gpu, name) for gpu in self.gpus), self._seconds, strict=True)
+        known = [(value, seconds) for value, seconds in pairs if value is not None]
+        total_s = sum(seconds for _, seconds in known)
+        return sum(value * seconds for value, seconds in known) / total_s if total_s else None
 
     @property
     def cpu_percent(self) -> float | None:
@@ -322,6 +326,10 @@ _LOOKS: tuple[Callable[[_Figures], Finding | None], ...] = (
 
 def _per_step(figures: _Figures, name: str = "step_s") -> str:
     return f"{figures.total(name) / len(figures.steps):.3g} s"
+
+
+def _stands_for(sample: Record) -> float:
+    return figure_of(sample, "seconds") or 1.0
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
