@@ -37,7 +37,7 @@ PRODUCTIVE = "training"
 NOT_ALLOTTED = ("queued", "stopped")
 FIRST_START = "first start"
 
-_SIGNS_OF_TROUBLE = ("hang", "hang_over", "waiting", "stuck", "attempt_ended")
+_SIGNS_OF_TROUBLE = ("waiting", "stuck", "goes_on")
 _BEGINS = ("submitting", "submitted", "resumed")
 
 
@@ -243,7 +243,8 @@ class _Told:
         return sorted(self._events + caught_up, key=time_of)
 
     def _last_sign_of_life(self) -> float:
-        return next((time_of(e) for e in reversed(self._events) if e.get("event") not in _SIGNS_OF_TROUBLE), 0.0)
+        """Of the ranks' work: that the agent is there, warns and cleans up, is none."""
+        return next((time_of(e) for e in reversed(self._events) if _is_sign_of_work(e)), 0.0)
 
     def _last_write_s(self, attempt: Attempt) -> float:
         """Of an attempt that ended without a word: its last one, the monitor's included."""
@@ -281,6 +282,11 @@ def _end_ms(
         or (bool(attempts) and verdict_of(attempts[-1]).outcome in ("finished", "interrupted", "cancelled"))
     )
     return open_ms if over else max(open_ms, _ms(now))
+
+
+def _is_sign_of_work(event: dict[str, Any]) -> bool:
+    name = event.get("event")
+    return name in ("attempt_started", "placed") or (event["writer"] == "rank0" and name not in _SIGNS_OF_TROUBLE)
 
 
 def _same_job(attempt: Attempt, following: Attempt) -> bool:

@@ -167,6 +167,7 @@ class _Replay:
             self._take_in_commit(clock.now)
             if step < total and self._is_due(step, clock.now - saved_at):  # after the last step it is waited for
                 saved_at = clock.now
+                self._wait_for_save(clock)
                 self._pending = (step, clock.now + costs.commit_s)
                 clock.spend("saving", costs.stall_s)
         return step
@@ -184,6 +185,11 @@ class _Replay:
         policy = self._policy
         by_time = policy.interval_s is not None and since_s >= policy.interval_s and self._pending is None
         return by_time or (policy.interval_steps is not None and step % policy.interval_steps == 0)
+
+    def _wait_for_save(self, clock: _Clock) -> None:
+        """The one before, if it is under way."""
+        if self._pending is not None and clock.spend("saving", max(0.0, self._pending[1] - clock.now)):
+            self._committed, self._pending = self._pending[0], None
 
     def _take_in_commit(self, now: float) -> None:
         if self._pending is not None and self._pending[1] <= now:

@@ -43,6 +43,7 @@ _WORDS: dict[str, Callable[[Event], str | None]] = {
     "hang_over": lambda e: f"{_ranks(e.get('ranks', []))} came after {_figure(e.get('waited_s'))} s",
     "alert": lambda e: f"WARNING {e.get('text')}",
     "alert_over": lambda e: f"alert over ({e.get('alert')}): {e.get('text')}",
+    "alerts_failed": lambda e: f"WARNING no more alerts in this attempt: {e.get('error')}",
     "alert_not_sent": lambda e: f"WARNING no alert reaches the {e.get('sink')}: {e.get('error')}",
     "micro_batch_halved": lambda e: (
         f"WARNING micro-batch {e.get('to')} instead of {e.get('from')} after running out of memory: {e.get('note')}"
@@ -81,7 +82,6 @@ _WORDS: dict[str, Callable[[Event], str | None]] = {
     "mark_failed": lambda e: f"ALARM nothing could be added to {e.get('path')}: {e.get('error')}",
     "prune_failed": lambda e: f"ALARM an old checkpoint could not be deleted: {e.get('error')}",
     "partial_step_not_saved": lambda e: f"WARNING a step was half done and could not be saved at step {e.get('step')}",
-    "report_failed": lambda e: f"WARNING the report was not written: {e.get('error')}",
     "training_finished": lambda e: f"finished at step {e.get('step')}, weights {str(e.get('weights_sha256'))[:16]}",
     "attempt_ended": lambda e: (
         "attempt ended: "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,8 @@ class Watched:
         self._signature: tuple[Any, ...] = ()
         self._folded: tuple[Any, ...] = ()
         self._folded_at = 0.0
+        self.fold_took_s = 0.0
+        """Of the last fold."""
         self._followers: dict[Path, Follower] = {}
         self._files = self._files_that_matter()
         self.refresh()  # its news were told by an earlier orchestrator
@@ -85,8 +88,10 @@ class Watched:
         unchanged = self._folded == self._signature and (self.done or not self.attempts)
         if unchanged or now - self._folded_at < at_most_every_s:
             return
+        began = time.monotonic()
         self._folded, self._folded_at = self._signature, now
         self.status = run_status(self.run)
+        self.fold_took_s = time.monotonic() - began
 
     def chain(self) -> list[Job]:
         """The last job that was submitted by itself, and its successors."""
@@ -159,7 +164,10 @@ class Watched:
         """Submit it no more; the reason stays on disk, and a person hears of it."""
         self.done = True
         self.journal.event("given_up", reason=reason)
-        self._sinks.send(Alert("failed", True, f"given up: {reason}"), self.run.newest_number())
+        try:
+            self._sinks.send(Alert("failed", True, f"given up: {reason}"), self.run.newest_number())
+        except RuntimeError as error:  # no thread could be started: the other runs must be looked after all the same
+            self._tell_not_sent("sinks", str(error))
 
     def put_off(self, error: SchedulerError, now: float) -> None:
         """A submission failed for a reason that may pass: try again after a pause that doubles."""

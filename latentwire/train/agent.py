@@ -138,7 +138,8 @@ class _Supervision:
             verdict = _SUPERSEDED
         if self.run.is_cancelled() and verdict.outcome in ("preempted", "failed", "lost"):
             verdict = dataclasses.replace(verdict, outcome="cancelled")
-        self._roll_up()
+        if self.agent.handler.notice is None:  # roll-ups read all that was ever written: the next attempt makes them
+            self._roll_up()
         self.journal.event("attempt_ended", **{k: v for k, v in dataclasses.asdict(verdict).items() if v is not None})
         self.journal.sync()
         return verdict

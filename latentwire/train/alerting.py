@@ -45,6 +45,13 @@ class AlertWatch:
         if now < self._next_look:
             return
         self._next_look = now + LOOK_EVERY_S
+        try:
+            self._look()
+        except Exception as error:  # whatever it is, the ranks must train on: told once, and looked no more
+            self._next_look = float("inf")
+            self._journal.event("alerts_failed", error=f"{type(error).__name__}: {error}")
+
+    def _look(self) -> None:
         for follower in self._followers:
             with contextlib.suppress(OSError):  # an attempt must not end for what we wanted to know of it
                 for record in follower.read():

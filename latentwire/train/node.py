@@ -193,6 +193,7 @@ class NodeProcesses:
         notice = self._handler.notice
         if notice is not None and self._passed_on is None:
             self._passed_on = notice
+            self._trackers.begin_to_end()  # beside the ranks' save: afterwards nobody waits for them
             self._journal.event("notice", signal=notice.signal, received=round(notice.unix_s, 3))
             self._signal(signal.SIGTERM)  # not INT: Slurm may have sent that to the ranks too, and twice means at once
             end = self._allocation.end_unix_s()
@@ -223,7 +224,10 @@ class NodeProcesses:
             except subprocess.TimeoutExpired:
                 rank.kill()
                 rank.wait()
-        if self._monitor is not None:
+        finished = bool(self._ranks) and all(rank.poll() == 0 for rank in self._ranks.values())
+        within_s = _LAST_TRACKERS_END_WITHIN_S if finished else _TRACKERS_END_WITHIN_S
+        self._trackers.end(within_s, lambda: self._handler.notice is not None)
+        if self._monitor is not None:  # last, as its file is the attempt's sign of life
             assert self._monitor.stdin is not None
             self._monitor.stdin.close()
             try:
@@ -231,8 +235,6 @@ class NodeProcesses:
             except subprocess.TimeoutExpired:
                 self._monitor.kill()
                 self._monitor.wait()
-        finished = bool(self._ranks) and all(rank.poll() == 0 for rank in self._ranks.values())
-        self._trackers.end(_LAST_TRACKERS_END_WITHIN_S if finished else _TRACKERS_END_WITHIN_S)
 
 
 def node_suffix(allocation: Allocation) -> str:

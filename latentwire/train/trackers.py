@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from latentwire.run.directory import Attempt
 from latentwire.run.journal import Journal
 
 LOG = "tracker.log"
+_POLL_S = 0.05
 
 
 class Trackers:
@@ -26,6 +28,7 @@ class Trackers:
     def __init__(self, attempt: Attempt, names: Sequence[str], journal: Journal) -> None:
         self._attempt, self._names, self._journal = attempt, names, journal
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._is_ending = False
 
     def start(self) -> None:
         """Start them all. Called with the signals blocked that the agent hears.
@@ -49,27 +52,38 @@ class Trackers:
     def look(self) -> None:
         """Tell of those that ended by themselves, once."""
         for name, process in list(self._processes.items()):
-            if process.poll() is not None:
+            if process.poll() is not None and not (self._is_ending and process.returncode == 0):
                 self._tell_ended(name)
 
-    def end(self, within_s: float) -> None:
-        """Let them send what is there, for so long; what is left then is sent by those of the next attempt. Blocks."""
-        deadline = time.monotonic() + within_s
+    def begin_to_end(self) -> None:
+        """Tell them to send what is there and to end. Does not block."""
+        self._is_ending = True
         for process in self._processes.values():
             assert process.stdin is not None
             process.stdin.close()
+
+    def end(self, within_s: float, is_urgent: Callable[[], bool]) -> None:
+        """Wait for what is there to be sent; what is not is sent by those of the next attempt. Blocks.
+
+        Args:
+            within_s: so long at most.
+            is_urgent: the machine is to be given back: not a moment longer.
+        """
+        self.begin_to_end()
+        began = time.monotonic()
+        while self._running() and time.monotonic() - began < within_s and not is_urgent():
+            time.sleep(_POLL_S)
         for name, process in list(self._processes.items()):
-            try:
-                process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # some have helpers of their own
                 process.wait()
-                self._journal.event("tracker_cut_short", tracker=name, after_s=within_s)
-                del self._processes[name]
-            else:
-                if process.returncode:
-                    self._tell_ended(name)
+                self._journal.event("tracker_cut_short", tracker=name, after_s=round(time.monotonic() - began, 1))
+            elif process.returncode:
+                self._tell_ended(name)
         self._processes.clear()
+
+    def _running(self) -> bool:
+        return any(process.poll() is None for process in self._processes.values())
 
     def _tell_ended(self, name: str) -> None:
         process = self._processes.pop(name)

@@ -18,6 +18,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from running import (
     KILL,
     OFTEN_SAVED,
+    PATIENCE_S,
     AgentProcess,
     agent_of,
     events,
@@ -178,12 +179,12 @@ def test_trackers_that_fail_or_hang_are_told_of_and_ended(tmp_path: Path) -> Non
     failing.start()
     wait_for(lambda: failing.look() or events(attempt, "tracker_ended", "agent"), "the event")
     failing.look()
-    failing.end(within_s=1.0)
+    failing.end(1.0, lambda: False)
     assert [e["exit_code"] for e in events(attempt, "tracker_ended", "agent")] == [1]
     assert "dvclive needs the package dvclive" in (attempt.path / "tracker.log").read_text()
     slow = Trackers(attempt, ["tensorboard"], journal)
     slow.start()
-    slow.end(within_s=0.0)
+    slow.end(PATIENCE_S, lambda: True)
     assert [e["tracker"] for e in events(attempt, "tracker_cut_short", "agent")] == ["tensorboard"]
     assert not psutil.Process().children()
     journal.close()

@@ -182,6 +182,14 @@ def test_a_failure_and_the_pause_after_it_in_its_allocation(run: Run) -> None:
     }  # fmt: skip
 
 
+def test_what_the_agent_says_of_a_hang_is_no_sign_of_work(run: Run) -> None:
+    attempt = trained(run, 0, 0, 5)
+    agent(attempt, "alert", 500, alert="no_progress", text="no step")
+    agent(attempt, "tracker_cut_short", 999)
+    agent(attempt, "attempt_ended", 1000, outcome="failed", cause="network", error="a hang")
+    assert story(account(run, now=1000)) == [*STARTED, ("training", 5), ("failed", 978)]
+
+
 def test_nobody_waits_for_what_was_stopped(run: Run) -> None:
     first = trained(run, 0, 0, 5)
     agent(first, "attempt_ended", 22, outcome="interrupted")

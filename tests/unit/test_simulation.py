@@ -44,6 +44,13 @@ def test_a_kill_costs_all_since_the_last_commit() -> None:
     assert expected.num_attempts == 2
 
 
+def test_a_save_waits_for_the_one_before() -> None:
+    """As the real one does; else saves that are due sooner than they are done would never commit."""
+    costs = Costs(start_s=10, step_s=1, commit_s=15)
+    expected = simulate(Policy(30, interval_s=None, interval_steps=10), costs, [Window(0, 36)])
+    assert figures(expected) == {"starting": 20, "training": 30, "saving": 5, "redoing": 11}
+
+
 def test_an_evaluation_that_was_cut_off_is_made_again_and_the_first_step_takes_longer() -> None:
     policy = Policy(total_steps=2, interval_s=None, evaluate_every=1)
     costs = Costs(start_s=10, step_s=2, first_step_s=3, evaluation_s=5)
@@ -93,6 +100,14 @@ def test_laws(trace: list[Window], total: int, every_s: float, by_steps: int | N
     assert expected.num_attempts <= len(trace) + 1
     drained = sum(window.grace_s > 0 for window in trace)
     assert expected.seconds["training"] >= (total - drained) * COSTS.step_s - 1e-6, "all steps are made once at least"
+
+
+@given(st.floats(0, 60), st.integers(1, 30))
+def test_a_machine_that_stays_long_enough_gains_steps_each_time(commit_s: float, every: int) -> None:
+    costs = Costs(start_s=10, step_s=1, commit_s=commit_s)
+    policy = Policy(2 * every, interval_s=None, interval_steps=every)
+    expected = simulate(policy, costs, itertools.repeat(Window(0, 10 + every + commit_s + 1)))
+    assert expected.num_attempts <= 3
 
 
 def test_drawn_preemptions_have_their_mean_and_their_seed() -> None:
