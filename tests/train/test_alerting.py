@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 from listening import Webhook
 from orchestrate_parts import orchestrate
 from running import (
@@ -23,11 +24,14 @@ from running import (
     write_config,
 )
 
+from latentwire.monitor.alerts import Alerts
 from latentwire.monitor.diagnose import diagnose
 from latentwire.run.directory import Attempt, Run, open_run
-from latentwire.run.journal import read_journal
+from latentwire.run.journal import Journal, read_journal
 from latentwire.run.status import run_status
 from latentwire.run.telling import tell
+from latentwire.train import alerting
+from latentwire.train.alerting import AlertWatch
 
 NAMED = "LATENTWIRE_TEST_WEBHOOK"
 IN_THE_SIXTH_STEP = 41
@@ -134,3 +138,17 @@ def test_the_orchestrator_tells_of_a_run_that_it_gives_up(tmp_path: Path) -> Non
     )
     assert message["text"].startswith("given up: ")
     assert run_status(run).state == "FAILED"
+
+
+def test_a_fault_in_the_watch_is_told_once_and_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path)
+    attempt = run.claim_attempt("1", "local")
+    journal = Journal(attempt.path / "events.agent.jsonl")
+    watch = AlertWatch(attempt, run.config(), journal, num_nodes=1)
+    monkeypatch.setattr(Alerts, "look", lambda self: 1 / 0)
+    monkeypatch.setattr(alerting, "LOOK_EVERY_S", 0.0)
+    for _ in range(2):
+        watch.look()
+    assert [e["error"] for e in events(attempt, "alerts_failed", "agent")] == ["ZeroDivisionError: division by zero"]
+    watch.close(at_once=True)
+    journal.close()
