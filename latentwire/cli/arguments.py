@@ -21,6 +21,16 @@ FollowOption = Annotated[
 ]
 
 
+def refuse_no_file(path: Path) -> None:
+    """Of an option that names a file to write.
+
+    Raises:
+        RunError: it is a folder, or in none.
+    """
+    if path.is_dir() or not path.parent.is_dir():
+        raise RunError(f"{path} cannot be written: name a file in a folder that exists")
+
+
 def find_attempt(run: Run, number: int | None) -> Attempt:
     """The attempt of that number, or the newest.
 

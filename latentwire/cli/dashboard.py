@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from latentwire.cli import DEFAULT_RUNS_DIR
-from latentwire.cli.arguments import RunArgument, RunsDirOption
+from latentwire.cli.arguments import RunArgument, RunsDirOption, refuse_no_file
 from latentwire.cli.text import one_line
 
 
@@ -42,5 +42,6 @@ def report(
 
     opened = open_run(run, runs_dir)
     path = opened.path / REPORT if to is None else to
+    refuse_no_file(path)
     write_report(opened, path)
     print(one_line(str(path)))

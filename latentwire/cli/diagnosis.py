@@ -21,7 +21,10 @@ def diagnose(
     json: Annotated[bool, typer.Option("--json", help="A JSON list, gravest first.")] = False,
     runs_dir: RunsDirOption = DEFAULT_RUNS_DIR,
 ) -> None:
-    """Show what costs a run time, gravest first: the figures, and what to change. Reads the newest attempt's files."""
+    """Show what costs a run time, gravest first: the figures, and what to change.
+
+    Without --attempt the newest is read that has made a step.
+    """
     from dataclasses import asdict
     from json import dumps
 
@@ -30,11 +33,13 @@ def diagnose(
     from latentwire.run.journal import read_journal
 
     opened = open_run(run, runs_dir)
-    chosen = find_attempt(opened, attempt)
+    trained = [each for each in opened.attempts() if each.last_step()]
+    chosen = trained[-1] if attempt is None and trained else find_attempt(opened, attempt)
     found = diagnose_records(_samples(chosen), read_journal(chosen.path / "metrics.jsonl"))
     if json:
         print(dumps([{"attempt": chosen.number, **asdict(finding)} for finding in found], indent=1))
         return
+    print(f"attempt {chosen.number}:")
     for finding in found:
         cost = f" ({finding.share:.0%})" if finding.share else ""
         print(one_line(f"{finding.verdict}{cost}: {finding.evidence}"))
@@ -59,4 +64,4 @@ def _present(run: Run, key: str) -> str:
         if not isinstance(value, dict) or name not in value:
             return ""
         value = value[name]
-    return f" (now {'nothing' if value is None else value})"
+    return f" (now {'null' if value is None else value})"

@@ -9,7 +9,7 @@ import typer
 
 from latentwire.cli import DEFAULT_RUNS_DIR
 from latentwire.cli.arguments import RunsDirOption
-from latentwire.cli.text import NOTHING, columns, duration, figure
+from latentwire.cli.text import NOTHING, columns, duration, figure, nothing_in, one_line
 
 if TYPE_CHECKING:
     from latentwire.run.directory import Run
@@ -36,7 +36,7 @@ def goodput(
     if json:
         _print_json(ledgers, total)
     elif not ledgers:
-        print(f"no runs in {runs_dir.absolute()}")
+        print(one_line(nothing_in(runs_dir)))
     else:
         _print_table(ledgers, total)
 

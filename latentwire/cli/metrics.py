@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from latentwire.cli import DEFAULT_RUNS_DIR
-from latentwire.cli.arguments import FollowOption, RunArgument, RunsDirOption
+from latentwire.cli.arguments import FollowOption, RunArgument, RunsDirOption, refuse_no_file
 from latentwire.cli.following import follow as follow_run
 from latentwire.cli.following import follow_until
 from latentwire.cli.text import visible
@@ -56,6 +56,7 @@ def metrics(
 
 
 def _write(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    refuse_no_file(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(aside, "w", encoding="utf-8") as file:

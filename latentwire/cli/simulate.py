@@ -33,21 +33,22 @@ def simulate(
         typer.Option("--trace", metavar="FILE", help="JSON lines, or another run's directory: replay its preemptions."),
     ] = None,
     mtbf_h: Annotated[
-        float | None, typer.Option("--mtbf-h", metavar="H", help="Mean hours between preemptions.", min=1e-3)
+        float | None, typer.Option("--mtbf-h", metavar="H", help="Mean hours between preemptions.", min=1e-3, max=1e6)
     ] = None,
     queued_s: Annotated[
-        float | None, typer.Option("--queued-s", metavar="S", help="Wait for each start; default: as the run's.", min=0)
+        float | None,
+        typer.Option("--queued-s", metavar="S", help="Wait for each start; default: as the run's.", min=0, max=1e9),
     ] = None,
     interval_s: Annotated[
         list[float] | None,
-        typer.Option("--interval-s", metavar="S", help="Save interval to try; may be repeated.", min=1e-3),
+        typer.Option("--interval-s", metavar="S", help="Save interval to try; may be repeated.", min=1e-3, max=1e9),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object for each policy.")] = False,
     runs_dir: RunsDirOption = DEFAULT_RUNS_DIR,
 ) -> None:
     """Show the goodput to expect of a run under preemptions, by what its steps, saves and starts took so far.
 
-    Without --trace or --mtbf-h its own preemptions are replayed, which shows how far the model is to be trusted.
+    Without --trace or --mtbf-h its own preemptions are replayed; of a finished run what was measured stands beside.
     """
     from latentwire.errors import ConfigError
     from latentwire.run.directory import open_run
@@ -72,11 +73,17 @@ def simulate(
         policy
     ]
     results = [(each, _replay(each, costs, traces)) for each in policies]
-    measured = ledger.goodput if trace is None and mtbf_h is None else None
+    measured = ledger.goodput if trace is None and mtbf_h is None and _is_done(opened) else None
     if json:
         _print_json(results, costs, measured)
     else:
         _print_table(results, costs, measured)
+
+
+def _is_done(run: Run) -> bool:
+    """Only what went to its end can be held against a replay that does."""
+    ended = run.attempts()[-1].ended()
+    return ended is not None and ended.get("outcome") == "finished"
 
 
 def _ledger(run: Run) -> Ledger:

@@ -19,6 +19,7 @@ from latentwire.cli.text import (
     columns,
     duration,
     figure,
+    nothing_in,
     one_line,
     painted,
     sparkline,
@@ -65,7 +66,7 @@ def _show_fleet(runs_dir: Path, json: bool, live: bool) -> None:
     elif rows:
         _print_fleet([dataclasses.replace(row, job=jobs.get(row.status.name, "")) for row in rows], now)
     elif not fleet.unreadable:
-        print(one_line(f"no runs in {runs_dir.absolute()}"))
+        print(one_line(nothing_in(runs_dir)))
     for trouble in fleet.unreadable:
         print(f"latentwire: {one_line(trouble)}", file=sys.stderr)
 
@@ -129,7 +130,8 @@ def facts(run: SeenRun, state: RunStatus, now: float) -> list[tuple[str, str]]:
         "advice": state.advice,
         "goodput": percent(state.goodput),
         "GPUs": _gpus(run) if state.state in ALIVE else None,
-        "preempted": "once" if state.num_preemptions == 1 else f"{state.num_preemptions} times",
+        "preempted": _times(state.num_preemptions),
+        "lost": _times(state.num_lost) if state.num_lost else None,
         "orchestrator": _orchestrator(run),
         "weights": state.weights_sha256 and f"SHA-256 {state.weights_sha256}",
         "directory": state.path,
@@ -147,6 +149,10 @@ def _gpus(run: SeenRun) -> str | None:
     use = gpu_use(run.attempts()[-1])
     known = [each for each in use if each is not None]
     return f"{sparkline(use, 0, 100)} {known[-1]:.0f} % busy" if known else None
+
+
+def _times(number: int) -> str:
+    return "once" if number == 1 else f"{number} times"
 
 
 def _orchestrator(run: Run) -> str:

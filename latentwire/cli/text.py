@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 NOTHING = "-"
@@ -51,6 +52,12 @@ def ago(then: float | None, now: float) -> str:
     if then is None:
         return NOTHING
     return "just now" if now - then < _RECENT_S else f"{duration(now - then)} ago"
+
+
+def nothing_in(runs_dir: Path) -> str:
+    """Why no runs are shown."""
+    where = runs_dir.absolute()
+    return f"no runs in {where}" if where.is_dir() else f"there is no folder {where}"
 
 
 def size(num_bytes: int) -> str:

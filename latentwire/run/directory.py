@@ -30,17 +30,19 @@ from __future__ import annotations
 import dataclasses
 import errno
 import functools
+import itertools
 import os
 import re
 import shutil
 import time
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentwire.errors import Fenced, RunConflict, RunError, RunNotFound
 from latentwire.run.atomic import fsync_directory, make_directory, read_json, write_json, write_text
-from latentwire.run.journal import last_record, read_journal, time_of
+from latentwire.run.journal import newest_first, read_journal, time_of
 from latentwire.run.process import ProcessIdentity
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from latentwire.config import Config
 
 PREFIX = "experiment_"
+_RECENT_STEPS = 20
 _ATTEMPT = re.compile(r"\d{4,}")
 
 
@@ -299,8 +302,13 @@ class Attempt:
         return ends[-1] if ends else None
 
     def last_step(self) -> dict[str, Any]:
-        """The line in metrics.jsonl of its last step; empty before the first."""
-        return last_record(self.metrics_path, key="step_s") or {}
+        """The line of its last step, and in ``pace_s`` what a step takes, with all that lies between two.
+
+        Empty before the first.
+        """
+        steps = (record for record in newest_first(self.metrics_path) if "step_s" in record)
+        recent = list(itertools.islice(steps, _RECENT_STEPS))
+        return recent[0] | {"pace_s": _pace_s(recent)} if recent else {}
 
     def reached_at(self, step: int) -> float | None:
         """When it had completed so many steps, unix seconds; of a long file only the lines up to there are read."""
@@ -309,6 +317,14 @@ class Attempt:
             if "step_s" in record and isinstance(completed, int) and completed >= step:
                 return time_of(record)
         return None
+
+
+def _pace_s(recent: Sequence[dict[str, Any]]) -> Any:
+    """Of one step, what that took; of more the mean, from the end of the first to the end of the last."""
+    last, first = recent[0], recent[-1]
+    seconds = time_of(last) - time_of(first)
+    num_steps = last["step"] - first["step"] if {type(last.get("step")), type(first.get("step"))} == {int} else 0
+    return seconds / num_steps if num_steps > 0 and seconds > 0 else last["step_s"]
 
 
 def open_run(name_or_path: str, runs_dir: Path) -> Run:

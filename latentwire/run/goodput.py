@@ -197,6 +197,8 @@ class _Told:
         self._painter = painter
         self._turn(claimed, "starting")
         self._working = "training"
+        by_hand = verdict is not None and verdict.outcome in ("interrupted", "cancelled")
+        self._noticed_for = cause_of(verdict) if verdict is not None and by_hand else "preempted"
         for event in self._events_in_order():
             self._take(event)
         if verdict is not None:
@@ -210,7 +212,7 @@ class _Told:
         if self._painter.kind == "draining":
             return  # what follows a notice belongs to it
         if name in ("notice", "draining"):
-            self._turn(_number(event.get("received")) or at, "draining", "preempted")
+            self._turn(_number(event.get("received")) or at, "draining", self._noticed_for)
         elif name in ("workload_built", "restored"):
             self._turn(began, "loading" if name == "workload_built" else "restoring")
             self._turn(at, "starting")

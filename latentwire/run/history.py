@@ -110,7 +110,7 @@ def read_trace(path: Path) -> list[Window]:
         ConfigError: a line is none; names file and line.
     """
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         if line.strip():
             found.append(_window(line, f"{path}:{number}"))
     return found

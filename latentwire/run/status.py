@@ -166,7 +166,7 @@ class _Facts:
         self.total_steps: int | None = None
         self.loss: float | None = None
         self.samples_per_s: float | None = None
-        self.step_s: float | None = None
+        self.pace_s: float | None = None
         self.last_step_at: float | None = None
         self.committed_step: int | None = None
         self.verified_at: float | None = None
@@ -185,7 +185,7 @@ class _Facts:
         self.step = _whole(record.get("step"), self.step)
         self.loss = _number(record.get("loss", self.loss))
         self.samples_per_s = _number(record.get("samples_per_s", self.samples_per_s))
-        self.step_s = _number(record.get("step_s", self.step_s))
+        self.pace_s = _number(record.get("pace_s"))
         self.last_step_at = _number(record.get("time"))
 
     def _take_event(self, event: dict[str, Any]) -> None:
@@ -193,6 +193,7 @@ class _Facts:
         self.phase = _PHASES.get(str(name), self.phase)
         if name == "attempt_started":
             self.last_step_at = _number(event.get("time"))
+            self.samples_per_s = self.pace_s = None
             self.forecast = {}
             self.hang = None
             self.alerts = {}
@@ -220,9 +221,9 @@ class _Facts:
             self.weights_sha256 = event.get("weights_sha256") or self.weights_sha256  # only rank 0 knows them
 
     def eta_s(self) -> float | None:
-        if self.total_steps is None or self.step_s is None:
+        if self.total_steps is None or self.pace_s is None:
             return None
-        return max(0, self.total_steps - self.step) * self.step_s
+        return max(0, self.total_steps - self.step) * self.pace_s
 
 
 def _state(run: SeenRun, alive: bool, outcomes: list[str], facts: _Facts, now: float) -> tuple[str, str | None]:

@@ -203,19 +203,20 @@ def test_readings_that_are_missing_or_nonsense_upset_nothing() -> None:
     assert only(diagnose(broken, odd)) == "healthy"
 
 
-def test_the_command_reads_the_newest_attempt_and_names_the_present_value(tmp_path: Path) -> None:
+def test_the_command_reads_the_newest_attempt_with_steps_and_names_the_present_value(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     for readings, timings in ((samples(), steps()), TRACES["data-bound"][:2]):
         attempt = run.claim_attempt("1", "local")
         write(attempt.path / "metrics.jsonl", timings)
         write(attempt.path / "gpu_stats.jsonl", readings[:50])
         write(attempt.path / "gpu_stats.node1.jsonl", readings[50:])
+    run.claim_attempt("1", "local")  # has made no step yet
     lines = printed(tmp_path, "diagnose", "toy").splitlines()
-    assert lines[0] == "data-bound (35%): 35% of a step waits for data (0.35 s of 1 s)"
-    assert lines[1].startswith("  change data.workers (now 0): more workers")
+    assert lines[:2] == ["attempt 2:", "data-bound (35%): 35% of a step waits for data (0.35 s of 1 s)"]
+    assert lines[2].startswith("  change data.workers (now 0): more workers")
     (told,) = json.loads(printed(tmp_path, "diagnose", "toy", "--json"))
     assert (told["attempt"], told["verdict"], told["change"]) == (2, "data-bound", "data.workers")
-    assert printed(tmp_path, "diagnose", "toy", "--attempt", "1").startswith("healthy: ")
+    assert printed(tmp_path, "diagnose", "toy", "--attempt", "1").startswith("attempt 1:\nhealthy: ")
 
 
 def test_every_key_that_is_named_is_one_of_the_config() -> None:

@@ -190,6 +190,13 @@ def test_what_the_agent_says_of_a_hang_is_no_sign_of_work(run: Run) -> None:
     assert story(account(run, now=1000)) == [*STARTED, ("training", 5), ("failed", 978)]
 
 
+def test_a_cancel_is_no_preemption(run: Run) -> None:
+    attempt = trained(run, 0, 0, 5)
+    agent(attempt, "notice", 22, signal="SIGTERM", received=NOW + 22)
+    agent(attempt, "attempt_ended", 24, outcome="cancelled", step=5)
+    assert account(run).lost_by_cause().keys() == {"first start", "cancelled"}
+
+
 def test_nobody_waits_for_what_was_stopped(run: Run) -> None:
     first = trained(run, 0, 0, 5)
     agent(first, "attempt_ended", 22, outcome="interrupted")

@@ -183,4 +183,7 @@ def test_the_command(run: Run, tmp_path: Path) -> None:
     assert (replayed["attempts"], replayed["measured_goodput"]) == (3, None)
     drawn = printed(tmp_path, "simulate", "test", "--mtbf-h", "0.1", "--interval-s", "5", "--interval-s", "50")
     assert [line.split()[0] for line in drawn.splitlines()[2:]] == ["5", "50"]
+    trace.write_bytes(bytes(range(256)))
+    assert "trace.jsonl:1" in complaint(tmp_path, "simulate", "test", "--trace", str(trace))
+    complaint(tmp_path, "simulate", "test", "--mtbf-h", "inf", code=2)
     assert "not both" in complaint(tmp_path, "simulate", "test", "--mtbf-h", "1", "--trace", str(trace))

@@ -56,7 +56,7 @@ def test_running_with_all_that_is_known(run: Run) -> None:
     assert (status.state, status.reason, status.phase) == ("RUNNING", None, "training")
     assert (status.attempt, status.job_id) == (1, "42")
     assert (status.step, status.total_steps, status.loss) == (10, 100, 0.1)
-    assert (status.samples_per_s, status.eta_s) == (64.0, 45.0)
+    assert (status.samples_per_s, status.eta_s) == (64.0, 90.0), "a second a step, by the times of the last"
     assert (status.committed_step, status.verified_at) == (10, NOW + 1)
     assert status.weights_sha256 is None
     assert json.loads(status.to_json({}))["name"] == "test"

@@ -12,7 +12,7 @@ const COLUMNS = [
   { key: "gpu_percent", title: "GPU", number: true, cell: (r) => (typeof r.gpu_percent !== "number" ? NOTHING : `${Math.round(r.gpu_percent)} %`) },
   { key: "goodput", title: "goodput", number: true, cell: (r) => words.percent(r.goodput) },
   { key: "attempt", title: "attempt", number: true, cell: (r) => String(r.attempt || NOTHING) },
-  { key: "num_preemptions", title: "preempted", number: true, cell: (r) => words.whole(r.num_preemptions === undefined ? null : r.num_preemptions + r.num_lost) },
+  { key: "num_preemptions", title: "preempted", number: true, cell: (r) => words.whole(r.num_preemptions ?? null) },
   { key: "verified_at", title: "verified", number: true, cell: (r) => words.ago(r.verified_at) },
   { key: "reason", title: "why", words: true, cell: (r) => make("span", { className: "brief", title: r.reason || r.warning || "" }, r.reason || r.warning || "") },
 ];
