@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from latentwire.monitor.stats import (
-    MAX_NUMBER,
     Record,
     covered_s,
     first_time,
@@ -26,6 +25,7 @@ from latentwire.monitor.stats import (
     thin_part,
     throttled_s,
 )
+from latentwire.run.figures import MAX_NUMBER
 from latentwire.run.journal import Journal
 
 FULL_BYTES = 32 << 20
@@ -113,6 +113,9 @@ class StatsWriter:
     def _keep_small(self) -> None:
         """Right after a thinned record, so that each of them lies either before or within a part with every sample."""
         try:
+            for journal in (self._full, self._thin):
+                if not journal.is_at_path():  # its file was replaced, and then the new one could not be opened
+                    journal.reopen()
             if (size := self._full.path.stat().st_size) >= self._rotate_at_bytes:
                 self._rotate_at_bytes = size + self._full_bytes // 8  # if it fails now
                 os.replace(self._full.path, old_part(self._full.path))
