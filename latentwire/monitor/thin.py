@@ -96,6 +96,7 @@ class StatsWriter:
         self._previous_s = now_s
         self._fold.add({"host": host, "gpus": gpus, "seconds": seconds, "num_samples": 1})
         if self._fold.seconds >= THIN_S:
+            self._go_on_at_the_paths()
             self._write_fold()
             self._keep_small()
 
@@ -110,12 +111,18 @@ class StatsWriter:
             self._thin.record(**self._fold.result())
             self._fold = Fold()
 
+    def _go_on_at_the_paths(self) -> None:
+        """Where a file was renamed, and then none could be opened in its place."""
+        for journal in (self._full, self._thin):
+            try:
+                if not journal.is_at_path():
+                    journal.reopen()
+            except OSError as error:
+                self.event("stats_not_thinned", reason=str(error))
+
     def _keep_small(self) -> None:
         """Right after a thinned record, so that each of them lies either before or within a part with every sample."""
         try:
-            for journal in (self._full, self._thin):
-                if not journal.is_at_path():  # its file was replaced, and then the new one could not be opened
-                    journal.reopen()
             if (size := self._full.path.stat().st_size) >= self._rotate_at_bytes:
                 self._rotate_at_bytes = size + self._full_bytes // 8  # if it fails now
                 os.replace(self._full.path, old_part(self._full.path))
