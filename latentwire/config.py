@@ -36,13 +36,30 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 
 
+_SECRETS = re.compile(
+    r"(key|secret|token|password|passwd|passphrase|credentials?|username|authorization|connection_?string)$", re.I
+)
+"""What the names of secrets end with: ``access_token``, ``aws_secret_access_key``, ``accountKey``."""
+
+
 def _refuse_secrets(options: Mapping[str, Any]) -> None:
-    secret = sorted(options.keys() & {"key", "api_key", "secret", "token", "password", "username"})
+    secret = next((path for path in _key_paths(options) if _SECRETS.search(path)), None)
     if secret:
         raise ValueError(
-            f"{secret[0]} does not belong in a config, which is written to the run's directory: give credentials "
+            f"{secret} does not belong in a config, which is written to the run's directory: give credentials "
             "in the environment, or in the files that the service's own tools read"
         )
+
+
+def _key_paths(value: Any, prefix: str = "") -> Iterable[str]:
+    """All keys however deep, as ``a.b``; those in a list as if it were not there."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield f"{prefix}{key}"
+            yield from _key_paths(inner, f"{prefix}{key}.")
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _key_paths(inner, prefix)
 
 
 def refuse_unknown_trackers(names: Iterable[str]) -> None:

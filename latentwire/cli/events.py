@@ -17,12 +17,12 @@ from latentwire.cli.arguments import (
 )
 from latentwire.cli.following import follow as follow_run
 from latentwire.cli.text import NOTHING, figure, one_line
+from latentwire.run.journal import Follower, time_of
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from latentwire.run.directory import Run
-    from latentwire.run.journal import Follower
 
 _SHOWN_APART = ("time", "attempt", "writer", "event")
 
@@ -69,18 +69,11 @@ class _Stream:
             for path in sorted(attempt.path.glob("events.*.jsonl")):
                 records += self._new(path, {"attempt": attempt.number, "writer": path.name.split(".")[1]})
         wanted = [r for r in records if self._attempt is None or r["attempt"] == self._attempt]
-        return sorted(wanted, key=_time)
+        return sorted(wanted, key=time_of)
 
     def _new(self, path: Path, origin: dict[str, Any]) -> list[dict[str, Any]]:
-        from latentwire.run.journal import Follower
-
         follower = self._followers.setdefault(path, Follower(path))
         return [record | origin for record in follower.read()]
-
-
-def _time(record: dict[str, Any]) -> float:
-    value = record.get("time")
-    return float(value) if isinstance(value, int | float) else 0.0
 
 
 def _as_json(record: dict[str, Any]) -> str:
@@ -90,7 +83,7 @@ def _as_json(record: dict[str, Any]) -> str:
 
 
 def _as_line(record: dict[str, Any]) -> str:
-    seconds, milliseconds = divmod(round(_time(record) * 1000), 1000)
+    seconds, milliseconds = divmod(round(time_of(record) * 1000), 1000)
     moment = f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(seconds))}.{milliseconds:03d}"
     fields = " ".join(f"{key}={_value(value)}" for key, value in record.items() if key not in _SHOWN_APART)
     number = NOTHING if record["attempt"] is None else str(record["attempt"])

@@ -7,7 +7,8 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from latentwire.monitor.stats import number, read_stats
+from latentwire.monitor.stats import read_stats
+from latentwire.run.figures import number
 from latentwire.run.journal import last_record, time_of
 
 if TYPE_CHECKING:

@@ -93,7 +93,9 @@ def track(
         raise ConfigError(str(error)) from None
     from latentwire.integrations.tracking import tracking
 
-    with tracking(opened, tracker) as started:
+    # That of an attempt whose agent was killed may still send the rest: the next one's waits for it.
+    waiting = {"give_up": _stdin_has_closed} if until_stdin_closes else {}
+    with tracking(opened, tracker, **waiting) as started:
         if until_stdin_closes:
             follow_until(_stdin_has_closed, started.send_new)
         elif follow:

@@ -16,8 +16,8 @@ from latentwire.cli.fleet import ALIVE, Fleet
 from latentwire.cli.gpu_use import mean_use, recent_samples
 from latentwire.cli.status import facts
 from latentwire.cli.text import NOTHING, aligned, bar, cut, figure, one_line, size, sparkline
-from latentwire.monitor.stats import number
 from latentwire.run.directory import Run
+from latentwire.run.figures import number
 from latentwire.run.journal import newest_first, time_of
 from latentwire.run.seen import SeenRun
 from latentwire.run.status import RunStatus, status_of

@@ -12,7 +12,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from latentwire.run.journal import newest_first
 
 _KEEP_EVERY_S = 2.0
 _MOST_AT_ONCE = 500
+_ASK_AGAIN_S = 0.2
 _NOT_SENT = ("step", "time", "attempt")
 _LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -105,7 +106,8 @@ class Tracking:
                 self._kept["next"] // 2
             )  # its readers drop what an earlier process sent from here on
         elif self._name == "wandb":
-            options = {"name": self._run.name, "config": config.model_dump(mode="json")} | options
+            described = {"name": config.name, **config.identity()}  # the rest may hold a webhook's URL
+            options = {"name": self._run.name, "config": described} | options
             options |= {"id": self._kept["id"], "resume": "allow"}
         elif self._name == "comet_ml":
             options["experiment_key"] = self._kept["id"]
@@ -123,8 +125,13 @@ class Tracking:
 
 
 @contextmanager
-def tracking(run: Run, name: str) -> Iterator[Tracking]:
+def tracking(run: Run, name: str, give_up: Callable[[], bool] = lambda: True) -> Iterator[Tracking]:
     """A tracker of the run, ended at the end of the block; one process at a time has it.
+
+    Args:
+        run: whose curve it is sent.
+        name: of the tracker, as accelerate calls it.
+        give_up: asked again and again while another process has it; to wait no longer is the default.
 
     Raises:
         ConfigError: the tracker's package is not installed.
@@ -134,7 +141,7 @@ def tracking(run: Run, name: str) -> Iterator[Tracking]:
     for variable in _LAUNCHERS:  # accelerate would take this process for one of the ranks
         os.environ.pop(variable, None)
     PartialState(cpu=True)
-    with _only_one(run.path / "trackers" / f"{name}.lock"):
+    with _only_one(run.path / "trackers" / f"{name}.lock", give_up):
         tracker = Tracking(run, name)
         try:
             yield tracker
@@ -174,23 +181,30 @@ def _numbers(record: dict[str, Any]) -> dict[str, float]:
     """The figures of a record; NaN and infinities stand in journals as words."""
     figures: dict[str, float] = {}
     for key, value in record.items():
-        with suppress(TypeError, ValueError):
+        with suppress(TypeError, ValueError, OverflowError):
             if key not in _NOT_SENT and not isinstance(value, bool):
                 figures[key] = float(value)
     return figures
 
 
 @contextmanager
-def _only_one(path: Path) -> Iterator[None]:
+def _only_one(path: Path, give_up: Callable[[], bool]) -> Iterator[None]:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise RunBusy(f"another process holds {path}: it sends the curve already, leave it to that one") from None
-    except OSError:
-        pass  # a file system mounted without locks
-    try:
+        while not _could_lock(descriptor):
+            if give_up():
+                raise RunBusy(f"another process holds {path}: it sends the curve already, leave it to that one")
+            time.sleep(_ASK_AGAIN_S)
         yield
     finally:
         os.close(descriptor)
+
+
+def _could_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a file system mounted without locks
+    return True

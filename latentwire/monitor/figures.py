@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
+from latentwire.run.figures import number
+
 Record = Mapping[str, Any]
-
-
-def number(value: object) -> float | None:
-    """A finite number; None for anything else, such as the string that stands for NaN in a journal."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
 
 
 def figure_of(record: Record, name: str) -> float | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from latentwire.monitor.stats import Record, StatsFile, number, throttled_s
+from latentwire.monitor.stats import Record, StatsFile, throttled_s
+from latentwire.run.figures import number
 
 GPU_MEANS_AND_MAXIMA = ("utilisation_percent", "sm_active_percent", "tensor_active_percent", "temperature_c", "power_w")
 GPU_MAXIMA = ("memory_used_bytes", "memory_total_bytes", "power_limit_w")

@@ -12,11 +12,13 @@ import json
 import os
 import queue
 import re
+import signal
 import subprocess
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import IO, TYPE_CHECKING, Any
 
 from latentwire.monitor.alerts import Alert
 from latentwire.run.atomic import json_safe
@@ -34,8 +36,7 @@ PAUSE_S = 1.0
 COMMAND_WITHIN_S = 10.0
 """Then the command is killed."""
 _MOST_WAITING = 100
-
-Deliver = Callable[[bytes], None]
+_TAIL_BYTES = 4096
 
 
 class NotSent(Exception):
@@ -61,7 +62,11 @@ class Sinks:
         environ: Mapping[str, str] = os.environ,
     ) -> None:
         self._run = run
-        self._sinks = [_Sink(name, deliver, failed) for name, deliver in _sinks(settings, environ)]
+        self._sinks: list[_Sink] = []
+        if settings.webhook is not None:
+            self._sinks.append(_Webhook(settings.webhook, environ, failed))
+        if settings.command is not None:
+            self._sinks.append(_Command(settings.command, failed))
 
     def send(self, alert: Alert, attempt: int) -> None:
         """Deliver an alert to all sinks. Does not block; where a hundred wait already, this one is not sent.
@@ -79,7 +84,10 @@ class Sinks:
             sink.put(data)
 
     def close(self, within_s: float) -> None:
-        """Wait for what is under way, at most so long; what is still to be sent then is told of, and never sent."""
+        """Wait for what is under way, at most so long; what is still to be sent then is told of, and never sent.
+
+        A command that still runs is killed with all that it has started.
+        """
         until = time.monotonic() + within_s
         for sink in self._sinks:
             sink.close(until)
@@ -88,8 +96,8 @@ class Sinks:
 class _Sink:
     """One of them, with a daemon thread that begins with the first message."""
 
-    def __init__(self, name: str, deliver: Deliver, failed: Callable[[str, str], None]) -> None:
-        self._name, self._deliver, self._failed = name, deliver, failed
+    def __init__(self, name: str, failed: Callable[[str, str], None]) -> None:
+        self._name, self._failed = name, failed
         self._waiting: queue.Queue[bytes | None] = queue.Queue(_MOST_WAITING)
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
@@ -113,6 +121,14 @@ class _Sink:
             self._is_closed = True  # from here on the thread says nothing more
         with contextlib.suppress(queue.Full):
             self._waiting.put_nowait(None)
+        self._give_up()
+
+    def _deliver(self, data: bytes) -> None:
+        """Send one message; blocks, in the sink's thread. Raises NotSent."""
+        raise NotImplementedError
+
+    def _give_up(self) -> None:
+        """End what is under way, if that can be, and let nothing more begin."""
 
     def _deliver_all(self) -> None:
         while (data := self._waiting.get()) is not None and not self._is_closed:
@@ -129,12 +145,68 @@ class _Sink:
                 self._failed(self._name, reason)
 
 
-def _sinks(settings: AlertsSection, environ: Mapping[str, str]) -> Iterator[tuple[str, Deliver]]:
-    webhook, command = settings.webhook, settings.command
-    if webhook is not None:
-        yield "webhook", lambda data: _post(_url(webhook, environ), data)
-    if command is not None:
-        yield "command", lambda data: _run(command, data)
+class _Webhook(_Sink):
+    def __init__(self, webhook: str, environ: Mapping[str, str], failed: Callable[[str, str], None]) -> None:
+        super().__init__("webhook", failed)
+        self._webhook, self._environ = webhook, environ
+
+    def _deliver(self, data: bytes) -> None:
+        _post(_url(self._webhook, self._environ), data)
+
+
+class _Command(_Sink):
+    """Leads a session of its own: a signal to the job is not meant for it, and what it starts is killed with it."""
+
+    def __init__(self, command: Sequence[str], failed: Callable[[str, str], None]) -> None:
+        super().__init__("command", failed)
+        self._command = command
+        self._process: subprocess.Popen[bytes] | None = None
+        self._may_start = threading.Lock()
+
+    def _deliver(self, data: bytes) -> None:
+        try:
+            # A file: the end of a pipe would only come when all have ended that the command left in the background.
+            with tempfile.TemporaryFile() as stderr, self._start(stderr) as process:
+                try:
+                    process.communicate(data, COMMAND_WITHIN_S)
+                except subprocess.TimeoutExpired:
+                    _kill_group(process)
+                    raise NotSent(f"it took more than {COMMAND_WITHIN_S:g} s and was killed") from None
+                if process.returncode:
+                    raise NotSent(": ".join([f"it ended with {process.returncode}", *_last_line(stderr)])[:300])
+        except OSError as error:
+            raise NotSent(f"{self._command[0]}: {error.strerror}") from None
+
+    def _start(self, stderr: IO[bytes]) -> subprocess.Popen[bytes]:
+        with self._may_start:
+            if self._is_closed:
+                raise NotSent("this process had to end")
+            self._process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+                start_new_session=True,
+            )
+            return self._process
+
+    def _give_up(self) -> None:
+        with self._may_start:
+            if self._process is not None:
+                _kill_group(self._process)
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    """Kill a command that still runs, and all that it started. What it leaves behind when it ends is its own affair."""
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _last_line(stderr: IO[bytes]) -> list[str]:
+    size = stderr.seek(0, os.SEEK_END)
+    stderr.seek(max(0, size - _TAIL_BYTES))
+    return stderr.read().decode(errors="replace").strip().splitlines()[-1:]
 
 
 def _url(webhook: str, environ: Mapping[str, str]) -> str:
@@ -183,23 +255,3 @@ def _try_to_post(url: str, data: bytes) -> tuple[str | None, bool]:
         cause = error.reason if isinstance(error, urllib.error.URLError) else error
         words = cause.strerror if isinstance(cause, OSError) and cause.strerror else type(cause).__name__
         return f"no connection: {words}", not isinstance(cause, ValueError)
-
-
-def _run(command: Sequence[str], data: bytes) -> None:
-    try:
-        ended = subprocess.run(
-            command,
-            input=data,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            timeout=COMMAND_WITHIN_S,
-            start_new_session=True,  # a signal to the job is not meant for it
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise NotSent(f"it took more than {COMMAND_WITHIN_S:g} s and was killed") from None
-    except OSError as error:
-        raise NotSent(f"{command[0]}: {error.strerror}") from None
-    if ended.returncode:
-        last = ended.stderr.decode(errors="replace").strip().splitlines()[-1:]
-        raise NotSent(": ".join([f"it ended with {ended.returncode}", *last])[:300])

@@ -16,12 +16,11 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from latentwire.run.figures import number
 from latentwire.run.journal import time_of
 
 Record = dict[str, Any]
 
-MAX_NUMBER = 1e300
-"""A larger number is garbage; so are NaN and the infinities, which JSON does not have and Python reads all the same."""
 MAX_GAP_INTERVALS = 2.0
 """A sample stands for the time since the one before. After a longer gap (lost records, a stopped process) nobody knows
 what happened, and it stands for one interval."""
@@ -170,13 +169,6 @@ def throttled_s(gpu: Record, seconds: float) -> dict[str, float]:
         return {str(reason): value for reason in held if (value := number(held[reason])) is not None}
     reasons = gpu.get("throttle_reasons")
     return dict.fromkeys(map(str, reasons), seconds) if isinstance(reasons, list) else {}
-
-
-def number(value: object) -> float | None:
-    """A reading, or None for null and for what is none."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return value if abs(value) < MAX_NUMBER else None
 
 
 def _open_parts(path: Path, stack: ExitStack) -> tuple[list[BinaryIO], list[BinaryIO]]:

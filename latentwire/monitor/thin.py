@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from latentwire.monitor.stats import (
-    MAX_NUMBER,
     Record,
     covered_s,
     first_time,
@@ -26,6 +25,7 @@ from latentwire.monitor.stats import (
     thin_part,
     throttled_s,
 )
+from latentwire.run.figures import MAX_NUMBER
 from latentwire.run.journal import Journal
 
 FULL_BYTES = 32 << 20
@@ -96,6 +96,7 @@ class StatsWriter:
         self._previous_s = now_s
         self._fold.add({"host": host, "gpus": gpus, "seconds": seconds, "num_samples": 1})
         if self._fold.seconds >= THIN_S:
+            self._go_on_at_the_paths()
             self._write_fold()
             self._keep_small()
 
@@ -109,6 +110,15 @@ class StatsWriter:
         if self._fold.num_samples:
             self._thin.record(**self._fold.result())
             self._fold = Fold()
+
+    def _go_on_at_the_paths(self) -> None:
+        """Where a file was renamed, and then none could be opened in its place."""
+        for journal in (self._full, self._thin):
+            try:
+                if not journal.is_at_path():
+                    journal.reopen()
+            except OSError as error:
+                self.event("stats_not_thinned", reason=str(error))
 
     def _keep_small(self) -> None:
         """Right after a thinned record, so that each of them lies either before or within a part with every sample."""

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 
 from latentwire.monitor.figures import Record, figure_of, gpus_of, host_of, percent
+from latentwire.run.figures import whole
 
 FRESH_S = 90.0
 """A reading that is older says nothing of now."""
@@ -68,7 +69,7 @@ class Vitals:
         if name in ("restored", "save_verified"):  # what is restored was read back whole
             self._verified_at = now
         elif name == "step_skipped":
-            self._skipped.append(_whole(record.get("step"), self._step))
+            self._skipped.append(whole(record.get("step"), self._step))
         elif name in ("save_committed", "save_failed", "save_torn"):
             self._saves.append(name == "save_committed")
         elif name == "forecast":
@@ -77,7 +78,7 @@ class Vitals:
     def step(self, record: Record) -> None:
         """A line of ``metrics.jsonl``."""
         self._moved_at = self._clock()
-        self._step = _whole(record.get("step"), self._step)
+        self._step = whole(record.get("step"), self._step)
         self._num_steps += 1
         if "loss" in record:
             loss = figure_of(record, "loss")
@@ -205,7 +206,3 @@ class LossSpread:
 
 def _highest(values: Iterable[float | None]) -> float | None:
     return max((value for value in values if value is not None), default=None)
-
-
-def _whole(value: object, otherwise: int) -> int:
-    return value if isinstance(value, int) else otherwise

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from latentwire.preemption.deadline import MARGIN_S, WINDOW, Pace
 from latentwire.run.directory import Run
+from latentwire.run.figures import number
 from latentwire.run.journal import newest_first
 
 if TYPE_CHECKING:
@@ -130,9 +131,9 @@ def measured_before(run: Run) -> Measured | None:
 
 def _pace(paths: Iterable[Path], key: str, event: str | None = None) -> Pace:
     records = itertools.chain.from_iterable(map(newest_first, paths))
-    figures = (r[key] for r in records if r.get("event") == event and isinstance(r.get(key), int | float))
+    figures = (number(r.get(key)) for r in records if r.get("event") == event)
     pace = Pace()
-    for seconds in itertools.islice(figures, WINDOW):
+    for seconds in itertools.islice((figure for figure in figures if figure is not None), WINDOW):
         pace.add(seconds)
     return pace
 

@@ -279,7 +279,7 @@ def _decode(line: bytes) -> dict[str, Any] | None:
 def _as_floats(values: list[Any]) -> array[float]:
     try:
         return array("d", values)
-    except TypeError:
+    except (TypeError, OverflowError):
         return array("d", map(_as_float, values))
 
 
@@ -287,7 +287,7 @@ def _as_float(value: Any) -> float:
     """Journals write NaN and infinities as words; what is missing, or no number, is NaN too."""
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return float("nan")
 
 

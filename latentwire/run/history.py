@@ -11,6 +11,7 @@ from typing import Any
 
 from latentwire.errors import ConfigError, RunError
 from latentwire.run.directory import Run
+from latentwire.run.figures import number
 from latentwire.run.goodput import PRODUCTIVE, Ledger
 from latentwire.run.journal import read_journal
 from latentwire.run.simulation import Costs, Policy, Window
@@ -55,8 +56,8 @@ def _step_times(run: Run) -> tuple[list[float], list[float]]:
     firsts_s: list[float] = []
     others_s: list[float] = []
     for attempt in run.attempts():
-        records = (r.get("step_s") for r in read_journal(attempt.path / "metrics.jsonl"))
-        seconds = [float(each) for each in records if isinstance(each, int | float)]
+        records = (number(r.get("step_s")) for r in read_journal(attempt.path / "metrics.jsonl"))
+        seconds = [each for each in records if each is not None]
         firsts_s += seconds[:1]
         others_s += seconds[1:]
     return firsts_s, others_s
@@ -86,11 +87,11 @@ def windows_of(ledger: Ledger, grace_s: float) -> list[Window]:
     """
     found: list[Window] = []
     queued_s = 0.0
-    for number, group in itertools.groupby(ledger.spans, lambda span: span.attempt):
+    for attempt, group in itertools.groupby(ledger.spans, lambda span: span.attempt):
         spans = list(group)
         seconds = {kind: sum(s.seconds for s in spans if s.kind == kind) for kind in {s.kind for s in spans}}
         dead_s = seconds.pop("failed", 0.0)
-        if number is None:
+        if attempt is None:
             queued_s = seconds.get("queued", 0.0)
             if found and dead_s:
                 last = found.pop()
@@ -110,9 +111,9 @@ def read_trace(path: Path) -> list[Window]:
         ConfigError: a line is none; names file and line.
     """
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+    for line_number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         if line.strip():
-            found.append(_window(line, f"{path}:{number}"))
+            found.append(_window(line, f"{path}:{line_number}"))
     return found
 
 
@@ -139,7 +140,7 @@ def _rank_events(run: Run) -> Mapping[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for attempt in run.attempts():
         for event in read_journal(attempt.path / "events.rank0.jsonl"):
-            if event.get("event") in found and isinstance(event.get("seconds"), int | float):
+            if event.get("event") in found and number(event.get("seconds")) is not None:
                 found[str(event["event"])].append(event)
     return found
 

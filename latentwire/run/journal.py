@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from latentwire.run.atomic import json_safe
+from latentwire.run.figures import number
 
 _TAIL_BYTES = 64 * 1024
 _MOST_UNWRITTEN = 10_000
@@ -66,6 +67,13 @@ class Journal:
                 self._unwritten.append({"time": self._now(), "event": "records_lost", **loss})
                 self._num_lost = 0
                 self._write_events()
+
+    def is_at_path(self) -> bool:
+        """Whether lines go to the file that is at the path now: not after a rename that ``reopen`` did not follow."""
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self._descriptor))
+        except OSError:  # it is gone, or stale: what the trouble is, reopen will say
+            return False
 
     def reopen(self) -> None:
         """Go on in the file that is at the path now, made if missing; for a writer that renamed the one before.
@@ -133,8 +141,7 @@ def read_journal(path: Path) -> Iterator[dict[str, Any]]:
 
 def time_of(record: Mapping[str, Any]) -> float:
     """A record's time for sorting; 0 where a foreign line has none that is a number."""
-    time_s = record.get("time")
-    return float(time_s) if isinstance(time_s, int | float) else 0.0
+    return float(number(record.get("time")) or 0.0)
 
 
 def newest_first(path: Path) -> Iterator[dict[str, Any]]:

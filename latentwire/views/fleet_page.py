@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from latentwire.monitor.figures import gpus_of
 from latentwire.run.directory import Run, list_runs
 from latentwire.run.journal import newest_first
 from latentwire.run.seen import SeenRun
@@ -118,8 +119,8 @@ def _row(run: SeenRun, now: float) -> Row:
 def _busy(path: Path) -> float | None:
     """Mean utilisation of the GPUs in the last sample."""
     for record in newest_first(path):
-        if isinstance(gpus := record.get("gpus"), list):
-            busy = [figure(gpu.get("utilisation_percent")) for gpu in gpus if isinstance(gpu, dict)]
+        if isinstance(record.get("gpus"), list):
+            busy = [figure(gpu.get("utilisation_percent")) for gpu in gpus_of(record)]
             known = [value for value in busy if value is not None]
             return sum(known) / len(known) if known else None
     return None

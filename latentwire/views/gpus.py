@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from latentwire.monitor.figures import gpus_of, host_of
 from latentwire.monitor.stats import StatsFile, StatsFollower, stats_files
 from latentwire.run.directory import Run
 from latentwire.run.journal import time_of
@@ -118,14 +119,12 @@ class GpuView:
         time_s = time_of(record)
         if "event" in record or not self._begin_s - _CLOCKS_DIFFER_BY_S < time_s < time.time() + _CLOCKS_DIFFER_BY_S:
             return  # a clock that is days off would press all else into one corner
-        gpus, host = record.get("gpus"), record.get("host")
-        found = [gpu for gpu in gpus if isinstance(gpu, dict)] if isinstance(gpus, list) else []
         readings: dict[Key, float] = {}
         for panel in PANELS:
             if panel.of_host:
-                named = {f"{node} host".strip(): host if isinstance(host, dict) else {}}
+                named = {f"{node} host".strip(): host_of(record)}
             else:
-                named = {f"{node} GPU {gpu.get('index')}".strip(): gpu for gpu in found}
+                named = {f"{node} GPU {gpu.get('index')}".strip(): gpu for gpu in gpus_of(record)}
             values = {
                 name: value * panel.scale
                 for name, source in named.items()

@@ -7,6 +7,8 @@ from array import array
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from latentwire.run.figures import number
+
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
@@ -59,8 +61,7 @@ def plain(value: float | None) -> float | None:
 
 def figure(value: Any) -> float | None:
     """The same of what a file holds: None for all that is no finite number."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return plain(float(value)) if is_number and abs(value) < 1e300 else None
+    return plain(number(value))
 
 
 class Grid:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import struct
 import subprocess
 import sys
 import types
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -167,16 +168,66 @@ def test_one_process_at_a_time_sends_a_curve(tmp_path: Path, monkeypatch: pytest
         send_all(run, "wandb")
 
 
+def test_whoever_waits_begins_when_the_other_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    run = make_run(tmp_path)
+    curve_of(run, 2.0, first=1)
+    other = ExitStack()
+    other.enter_context(tracking(run, "wandb"))
+
+    def wait_longer() -> bool:
+        other.close()
+        return False
+
+    with tracking(run, "wandb", wait_longer) as tracker:
+        assert len(wandb.starts) == 2
+        assert tracker.send_new()
+
+
+def test_a_service_is_told_what_decides_the_result_and_no_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    alerts = {"webhook": "https://hooks.example/a-secret-path", "command": ["notify", "--secret"]}
+    send_all(make_run(tmp_path, alerts=alerts), "wandb")
+    (start,) = wandb.starts
+    assert start["config"].keys() == {"name", "seed", "workload", "train"}
+    assert "secret" not in str(start)
+
+
+def test_a_number_that_no_float_can_hold_upsets_no_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    run = make_run(tmp_path)
+    journal = Journal(run.claim_attempt("1", "local").path / "metrics.jsonl")
+    journal.record(step=1, loss=2.0, foreign=10**400)
+    journal.close()
+    send_all(run, "wandb")
+    assert [(step, values["loss"]) for step, values in wandb.sent] == [(1, 2.0)]
+
+
 def test_a_package_that_is_not_installed_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="dvclive needs the package dvclive: pip install dvclive"):
         send_all(make_run(tmp_path), "dvclive")
 
 
+def has_open(path: Path) -> bool:
+    return any(str(path) in (f.path for f in child.open_files()) for child in psutil.Process().children())
+
+
 def test_trackers_that_fail_or_hang_are_told_of_and_ended(tmp_path: Path) -> None:
+    """The first waits for that of an attempt before, which still sends the rest, before it fails."""
     attempt = make_run(tmp_path).claim_attempt("1", "local")
     journal = Journal(attempt.path / "events.agent.jsonl")
     failing = Trackers(attempt, ["dvclive"], journal)
-    failing.start()
+    lock = attempt.run.path / "trackers" / "dvclive.lock"
+    lock.parent.mkdir()
+    with lock.open("w") as of_the_attempt_before:
+        fcntl.flock(of_the_attempt_before, fcntl.LOCK_EX)
+        failing.start()
+        wait_for(lambda: has_open(lock), "the tracker to wait")
     wait_for(lambda: failing.look() or events(attempt, "tracker_ended", "agent"), "the event")
     failing.look()
     failing.end(1.0, lambda: False)

@@ -185,6 +185,17 @@ def test_a_notice_that_would_not_fit_is_passed_on() -> None:
     assert names(attempt.wait(2)) == [("grace", False)]
 
 
+def test_after_a_notice_no_alert_is_raised_and_none_is_over() -> None:
+    attempt = Attempt(checkpoint_age_s=None)
+    attempt.train()
+    assert names(attempt.wait(1000)) == [("no_progress", True)]
+    assert names(attempt.wait(2, attempt.make_step)) == [("no_progress", False)]
+    assert names(attempt.wait(2, attempt.sample(host={"disk_free_bytes": 0}))) == [("disk_space", True)]
+    attempt.event("notice")
+    assert attempt.wait(1000) == [], "it stands still to save"
+    assert attempt.wait(20, attempt.sample()) == [], "nobody looks any more"
+
+
 @pytest.mark.parametrize("event", ["notice", "draining", "left", "training_finished"])
 def test_whoever_leaves_stands_still_with_good_reason(event: str) -> None:
     attempt = Attempt()

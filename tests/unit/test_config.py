@@ -12,7 +12,7 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from latentwire.config import Config, load_config, parse_config
+from latentwire.config import CheckpointSection, Config, load_config, parse_config
 from latentwire.errors import ConfigError, LatentWireError, WorkloadError
 from latentwire.fleet import load_fleet
 from latentwire.sbatch import EXTRA
@@ -116,11 +116,19 @@ def test_an_unknown_key_names_its_neighbours(write: Write, override: str, answer
         ("monitor.trackers=[paper]", "there is no tracker 'paper'; there are: aim, clearml, .*tensorboard"),
         ("monitor.tracker_options={mlfow: {}}", "did you mean mlflow"),
         ("monitor.tracker_options={comet_ml: {api_key: a}}", "api_key does not belong in a config"),
+        ("monitor.tracker_options={wandb: {settings: {apiKey: a}}}", r"settings\.apiKey does not belong in a config"),
+        ("checkpoint.mirror_options={access_token: a}", "access_token does not belong in a config"),
+        ("checkpoint.mirror_options={more: [{aws_secret_access_key: a}]}", r"more\.aws_secret_access_key does not"),
     ],
 )
 def test_a_tracker_must_exist_and_brings_no_secrets(write: Write, override: str, answer: str) -> None:
     with pytest.raises(ConfigError, match=answer):
         load_config(write(PLAIN), [override])
+
+
+def test_what_only_sounds_like_a_secret_is_an_option() -> None:
+    options = {"token_file": "t", "max_tokens": 3, "key_prefix": "k", "client_kwargs": {"endpoint_url": "https://x"}}
+    assert CheckpointSection(mirror_options=options).mirror_options == options
 
 
 def test_every_mistake_is_told_at_once(write: Write) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -252,3 +253,26 @@ def test_a_folder_that_takes_no_rename_is_an_event_and_costs_no_sample(tmp_path:
     told = [r for r in records if r.get("event") == "stats_not_thinned"]
     assert 1 <= len(told) < 50, "told when it fails, not each minute"
     assert "in the way" in os.listdir(tmp_path / "gpu_stats.old.jsonl")
+
+
+@pytest.mark.parametrize("name", ["gpu_stats.jsonl", "gpu_stats.thin.jsonl"])
+def test_a_file_that_could_not_be_opened_anew_is_opened_a_minute_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    num_opened, real = 0, os.open
+
+    def failing_once(path: Any, *arguments: Any) -> int:
+        nonlocal num_opened
+        num_opened += Path(path).name == name
+        if num_opened == 2 and Path(path).name == name:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return real(path, *arguments)
+
+    monkeypatch.setattr("latentwire.run.journal.os.open", failing_once)
+    machine, path = FakeMachine(2 * 3600.0), tmp_path / "gpu_stats.jsonl"
+    writer = StatsWriter(path, 1.0, clock=machine.clock, full_bytes=64 * KIB, thin_bytes=8 * KIB)
+    drive(machine, writer, 1.0)
+    writer.close()
+    assert num_opened > 2
+    assert sum(r["seconds"] for r in samples(tmp_path)) == pytest.approx(7200, abs=0.01), "nothing was lost"
+    assert max(part.stat().st_size for part in tmp_path.iterdir()) < 96 * KIB

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from listening import Webhook
 
@@ -94,7 +98,8 @@ def test_a_url_that_is_none_is_not_repeated(run: Run, url: str) -> None:
     assert "secret" not in reason
 
 
-def test_a_server_that_hangs_keeps_nobody(run: Run) -> None:
+def test_a_server_that_hangs_keeps_nobody(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sinks, "ANSWER_WITHIN_S", 60.0)
     told: list[tuple[str, str]] = []
     with Webhook(answer=0).open() as webhook:
         opened = Sinks(AlertsSection(webhook=webhook.url), run, lambda *what: told.append(what))
@@ -150,7 +155,57 @@ def test_a_command_that_reads_nothing_is_no_failure(run: Run) -> None:
     assert deliver(run, ALERT, command=["true"]) == []
 
 
-def test_without_a_sink_nothing_is_started(run: Run) -> None:
-    before = threading.active_count()
+def wait_until(is_so: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 30
+    while not is_so() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return is_so()
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def pid_in(path: Path) -> int:
+    """Of the process that a command started."""
+    assert wait_until(lambda: path.exists() and path.read_text().endswith("\n"))
+    return int(path.read_text())
+
+
+def starting(path: Path, then: str) -> list[str]:
+    return ["sh", "-c", f'sleep 1000 & echo $! > "$0"; {then}', str(path)]
+
+
+def test_a_command_that_takes_too_long_is_killed_with_all_that_it_started(run: Run, tmp_path: Path) -> None:
+    command = starting(tmp_path / "pid", then="wait")
+    assert deliver(run, ALERT, command=command) == [("command", "it took more than 2 s and was killed")]
+    assert wait_until(lambda: is_gone(pid_in(tmp_path / "pid")))
+
+
+def test_what_a_command_leaves_in_the_background_is_its_own_affair(run: Run, tmp_path: Path) -> None:
+    assert deliver(run, ALERT, command=starting(tmp_path / "pid", then="exit 0")) == []
+    left = pid_in(tmp_path / "pid")
+    assert not is_gone(left)
+    os.kill(left, signal.SIGKILL)
+
+
+def test_a_command_does_not_outlive_the_end(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sinks, "COMMAND_WITHIN_S", 1000.0)
+    told: list[tuple[str, str]] = []
+    settings = AlertsSection(command=tuple(starting(tmp_path / "pid", then="wait")))
+    opened = Sinks(settings, run, lambda *what: told.append(what))
+    opened.send(ALERT, 1)
+    started = pid_in(tmp_path / "pid")
+    opened.close(0.0)
+    assert wait_until(lambda: is_gone(started))
+    assert told == [("command", "it had not answered when this process had to end")]
+
+
+def test_without_a_sink_nothing_is_started(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[threading.Thread] = []
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: started.append(thread))
     assert deliver(run, ALERT) == []
-    assert threading.active_count() == before
+    assert started == []
