@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.resources
+import logging
 import signal
 from importlib.metadata import version
 from pathlib import Path
@@ -19,10 +20,12 @@ from latentwire.dashboard.live import Live
 from latentwire.errors import LatentWireError, RunNotFound
 from latentwire.run.directory import Run, list_runs
 from latentwire.run.prometheus import CONTENT_TYPE, Scrape, exposition
-from latentwire.scheduler.control import cancel_run, signal_run
+from latentwire.scheduler.control import cancel_run, save_run, signal_run
 from latentwire.views.fleet_page import FleetPage
 from latentwire.views.report import SCRIPTS, static
 from latentwire.views.run_page import RunPage
+
+log = logging.getLogger("latentwire.dashboard")
 
 _LOOK_S, _LOOK_AT_ALL_S = 1.0, 2.0
 _MOST_RUNS_KEPT = 8
@@ -43,6 +46,7 @@ class Dashboard:
         self._allow_actions = allow_actions
         self._fleet = Live(FleetPage(runs_dir), "fleet", _LOOK_AT_ALL_S, {})
         self._runs: dict[str, Live] = {}
+        self._unreadable: set[str] = set()
 
     def app(self) -> Starlette:
         """All addresses, unguarded."""
@@ -94,7 +98,7 @@ class Dashboard:
         found, action = await self._find(request), request.path_params["action"]
         try:
             if action == "save":
-                said = f"asked {await asyncio.to_thread(signal_run, found, signal.SIGUSR1)} to save and go on"
+                said = f"asked {await asyncio.to_thread(save_run, found)} to save and go on"
             elif action == "preempt":
                 said = f"sent SIGTERM to {await asyncio.to_thread(signal_run, found, signal.SIGTERM)}"
             elif action == "cancel":
@@ -106,11 +110,22 @@ class Dashboard:
         return PlainTextResponse(said)
 
     async def metrics(self, request: Request) -> Response:
-        """All runs for Prometheus."""
+        """All runs for Prometheus, but for those that cannot be read."""
         return Response(await asyncio.to_thread(self._exposition), media_type=CONTENT_TYPE)
 
     def _exposition(self) -> str:
-        return exposition([Scrape.of(run) for run in list_runs(self._runs_dir)])
+        return exposition(scrape for run in list_runs(self._runs_dir) if (scrape := self._scrape(run)) is not None)
+
+    def _scrape(self, run: Run) -> Scrape | None:
+        try:
+            scrape = Scrape.of(run)
+        except Exception:  # whatever one run's files hold, the others are told of
+            if run.name not in self._unreadable:  # once, not at every scrape
+                log.exception("%s cannot be read and is left out of /metrics", run.path)
+            self._unreadable.add(run.name)
+            return None
+        self._unreadable.discard(run.name)
+        return scrape
 
     async def _find(self, request: Request) -> Run:
         name = request.path_params["name"]

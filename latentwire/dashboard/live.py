@@ -45,17 +45,18 @@ class Live:
         self._turn = asyncio.Lock()
         self._lookers: set[asyncio.Queue[bytes | None]] = set()
         self._reading: asyncio.Task[None] | None = None
+        self._joining: set[asyncio.Task[Mapping[str, Any]]] = set()
+        self._failure = ""
 
     async def stream(self) -> AsyncIterator[bytes]:
         """Server-sent events for one who looks: first everything, then what changes."""
         queue: asyncio.Queue[bytes | None] = asyncio.Queue(_MOST_UNSENT)
-        async with self._turn:
-            if self._reading is None:
-                changed = await asyncio.to_thread(self._read)
-                self._reading = asyncio.create_task(self._go_on(changed))
-            first = await asyncio.to_thread(self._source.snapshot)
-            self._lookers.add(queue)
+        joining = asyncio.create_task(self._join(queue))
+        self._joining.add(joining)
+        joining.add_done_callback(self._joining.discard)
         try:
+            # Who leaves now ends this stream, not the thread that reads: until that is done it must keep its turn.
+            first = await asyncio.shield(joining)
             yield self._message(first, self._facts)
             while True:
                 try:
@@ -66,7 +67,17 @@ class Live:
                     return
                 yield message
         finally:
-            self._lookers.discard(queue)
+            joining.add_done_callback(lambda _: self._lookers.discard(queue))
+
+    async def _join(self, queue: asyncio.Queue[bytes | None]) -> Mapping[str, Any]:
+        """Everything up to now; what changes later goes into the queue."""
+        async with self._turn:
+            if self._reading is None:
+                changed = await asyncio.to_thread(self._read)
+                self._reading = asyncio.create_task(self._go_on(changed))
+            first = await asyncio.to_thread(self._source.snapshot)
+            self._lookers.add(queue)
+        return first
 
     def end(self) -> None:
         """Let all streams end; who looks then comes again, if there is still a server."""
@@ -92,10 +103,14 @@ class Live:
 
     def _read(self) -> Mapping[str, Any] | None:
         try:
-            return self._source.read()
-        except OSError as error:  # a folder that vanished, a network file system that is away: the next read may do
-            log.warning("%s cannot be read now: %s", self._name, error)
+            changed = self._source.read()
+        except Exception as error:  # a network file system that is away, or whatever a file holds: the next read may do
+            if repr(error) != self._failure:  # once, not every second
+                log.exception("%s cannot be read now", self._name)
+            self._failure = repr(error)
             return None
+        self._failure = ""
+        return changed
 
     def _send(self, message: bytes) -> None:
         for queue in list(self._lookers):

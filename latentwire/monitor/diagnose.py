@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 from latentwire.monitor.figures import Record, figure_of, gpus_of, host_of, percent
+from latentwire.monitor.stats import throttled_s
 
 DATA_BOUND = COMMUNICATION_BOUND = 0.10
 """Of the time: more than so much of it waiting is worth a change."""
@@ -92,8 +92,9 @@ class _Figures:
         working = {uuid for uuid, gpu, _ in readings if any(figure_of(gpu, name) for name in _SIGNS_OF_WORK)}
         self.gpus: list[Record] = [gpu for uuid, gpu, _ in readings if uuid in working]
         """Readings of the GPUs that ever did something: others on the node are not this run's."""
-        self._seconds = [seconds for uuid, _, seconds in readings if uuid in working]
-        self.hosts = [host_of(sample) for sample in training]
+        self.gpu_seconds = [seconds for uuid, _, seconds in readings if uuid in working]
+        """How long each of them stands for: a thinned one for a minute and more."""
+        self._hosts = [(host_of(sample), _stands_for(sample)) for sample in training]
         self.step_s = self.total("step_s")
         self.save_s = self.total("save_s")
         self.num_gpus = len(working)
@@ -133,16 +134,13 @@ class _Figures:
         return sum(figure_of(step, name) or 0.0 for step in self.steps)
 
     def mean(self, name: str) -> float | None:
-        """Mean over time of the working GPUs' readings, of which old ones stand for minutes; None without any."""
-        pairs = zip((figure_of(gpu, name) for gpu in self.gpus), self._seconds, strict=True)
-        known = [(value, seconds) for value, seconds in pairs if value is not None]
-        total_s = sum(seconds for _, seconds in known)
-        return sum(value * seconds for value, seconds in known) / total_s if total_s else None
+        """Mean over time of the working GPUs' readings; None without any."""
+        return _mean_over_time(zip(self.gpus, self.gpu_seconds, strict=True), name)
 
     @property
     def cpu_percent(self) -> float | None:
-        """Mean over the hosts' samples."""
-        return _mean(figure_of(host, "cpu_percent") for host in self.hosts)
+        """Mean over time of the hosts' readings."""
+        return _mean_over_time(self._hosts, "cpu_percent")
 
     @property
     def memory_percent(self) -> float | None:
@@ -272,23 +270,30 @@ def _power_throttled(figures: _Figures) -> Finding | None:
 
 
 def _throttled(figures: _Figures, verdict: str, reasons: Sequence[str], change: str, advice: str) -> Finding | None:
-    told = [gpu for gpu in figures.gpus if isinstance(gpu.get("throttle_reasons"), list)]
-    slowed = [gpu for gpu in told if set(reasons) & set(map(str, gpu["throttle_reasons"]))]
-    if not told or len(slowed) < THROTTLED * len(told):
+    readings = zip(figures.gpus, figures.gpu_seconds, strict=True)
+    told = [(gpu, seconds) for gpu, seconds in readings if isinstance(gpu.get("throttle_reasons"), list)]
+    slowed = [(gpu, _held_s(gpu, seconds, reasons)) for gpu, seconds in told]
+    told_s, slowed_s = (sum(seconds for _, seconds in each) for each in (told, slowed))
+    if not slowed_s or slowed_s < THROTTLED * told_s:
         return None
-    share = len(slowed) / len(told)
-    evidence = f"clocks are held down in {share:.0%} of the readings"
-    clocks = [clock for gpu in slowed if (clock := figure_of(gpu, "sm_clock_mhz")) is not None]
-    highest = max((clock for gpu in told if (clock := figure_of(gpu, "sm_clock_mhz")) is not None), default=0.0)
-    if clocks and highest:
-        usual = statistics.median(clocks)
+    share = slowed_s / told_s
+    evidence = f"clocks are held down for {share:.0%} of the time"
+    usual = _mean_over_time(slowed, "sm_clock_mhz")
+    highest = max((clock for gpu, _ in told if (clock := figure_of(gpu, "sm_clock_mhz")) is not None), default=0.0)
+    if usual is not None and highest:
         share *= 1 - usual / highest
         evidence += f", at {usual:.0f} MHz of the {highest:.0f} that were seen"
-    power_w = _mean(figure_of(gpu, "power_w") for gpu in slowed)
-    temperature_c = _mean(figure_of(gpu, "temperature_c") for gpu in slowed)
+    power_w = _mean_over_time(slowed, "power_w")
+    temperature_c = _mean_over_time(slowed, "temperature_c")
     evidence += f", at {power_w:.0f} W" if power_w is not None else ""
     evidence += f" and {temperature_c:.0f} °C" if temperature_c is not None else ""
     return Finding(verdict, share, evidence, change, advice)
+
+
+def _held_s(gpu: Record, seconds: float, reasons: Sequence[str]) -> float:
+    """How long the reasons held the clocks down: as long as the one that did longest, for they overlap."""
+    held = throttled_s(dict(gpu), seconds)
+    return min(seconds, max(held.get(reason, 0.0) for reason in reasons))
 
 
 def _fragmented(figures: _Figures) -> Finding | None:
@@ -332,6 +337,8 @@ def _stands_for(sample: Record) -> float:
     return figure_of(sample, "seconds") or 1.0
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known else None
+def _mean_over_time(readings: Iterable[tuple[Record, float]], name: str) -> float | None:
+    """Each weighs as many seconds as it stands for; None without any."""
+    known = [(value, seconds) for record, seconds in readings if (value := figure_of(record, name)) is not None]
+    total_s = sum(seconds for _, seconds in known)
+    return sum(value * seconds for value, seconds in known) / total_s if total_s else None

@@ -135,11 +135,11 @@ class StatsFollower:
                 file = stack.enter_context(self.path.open("rb"))
             except OSError:
                 return []
-            inode = os.fstat(file.fileno()).st_ino
+            stat = os.fstat(file.fileno())
             records: list[Record] = []
-            if inode != self._inode:
+            if stat.st_ino != self._inode or stat.st_size < self._offset:  # a new file may get the inode of an old
                 records = self._rest_of_old()
-                self._inode, self._offset = inode, 0
+                self._inode, self._offset = stat.st_ino, 0
             return records + self._go_on(file)
 
     def _rest_of_old(self) -> list[Record]:

@@ -54,6 +54,9 @@ PREFIX = "experiment_"
 _RECENT_STEPS = 20
 _ATTEMPT = re.compile(r"\d{4,}")
 
+Mark = tuple[int, int] | None
+"""Of a file: inode, which a new file may get again, and time of change, nanoseconds; None where there is no file."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -110,6 +113,10 @@ class Run:
         except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
             raise RunError(f"{path} cannot be read ({error}); submit the run's config again to write it anew") from None
         return parse_config(tree, where=str(path))
+
+    def mark(self) -> Mark:
+        """Another one once the run was removed and made again under its name, or a setting was changed. Readers ask."""
+        return _mark(self.path / "config.yaml")
 
     def attempts(self) -> list[Attempt]:
         """All attempts, oldest first."""
@@ -218,6 +225,10 @@ class Attempt:
         record = read_json(self.path / "attempt.json")
         return record if isinstance(record, dict) else {}
 
+    def mark(self) -> Mark:
+        """Another one once the attempt was removed and claimed again under its number."""
+        return _mark(self.path / "attempt.json")
+
     def agent(self) -> ProcessIdentity | None:
         """The process that runs the attempt; of several nodes the leader's."""
         return ProcessIdentity.from_json(self.record().get("agent"))
@@ -325,6 +336,14 @@ def _pace_s(recent: Sequence[dict[str, Any]]) -> Any:
     seconds = time_of(last) - time_of(first)
     num_steps = last["step"] - first["step"] if {type(last.get("step")), type(first.get("step"))} == {int} else 0
     return seconds / num_steps if num_steps > 0 and seconds > 0 else last["step_s"]
+
+
+def _mark(path: Path) -> Mark:
+    try:
+        stat = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return stat.st_ino, stat.st_mtime_ns
 
 
 def open_run(name_or_path: str, runs_dir: Path) -> Run:

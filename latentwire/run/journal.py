@@ -165,7 +165,7 @@ class Follower:
     """Reads what was appended to a file since the last call; a file that does not exist yet has nothing.
 
     Only whole lines are returned: the half line at the end is read again next time. A file that was put in the place of
-    another is read from its start.
+    another, or has become shorter, is read from its start.
     """
 
     def __init__(self, path: Path) -> None:
@@ -181,9 +181,9 @@ class Follower:
         """New whole lines as they are, of so many bytes at most; nothing where there are none. Does not block."""
         try:
             with open(self.path, "rb") as file:
-                inode = os.fstat(file.fileno()).st_ino
-                if inode != self._inode:
-                    self._inode, self._offset = inode, 0
+                stat = os.fstat(file.fileno())
+                if stat.st_ino != self._inode or stat.st_size < self._offset:  # a new file may get the inode of an old
+                    self._inode, self._offset = stat.st_ino, 0
                 file.seek(self._offset)
                 data = file.read(most_bytes)
         except (FileNotFoundError, NotADirectoryError):

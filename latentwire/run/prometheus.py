@@ -150,4 +150,5 @@ def _number(value: Any) -> str | None:
 
 
 def _escaped(text: str) -> str:
-    return text.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"')
+    sendable = text.encode("utf-8", "replace").decode()  # names of files and JSON may hold halves of surrogate pairs
+    return sendable.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"')

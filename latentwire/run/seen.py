@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from latentwire.run.directory import Attempt, Run
+from latentwire.run.directory import Attempt, Mark, Run
 from latentwire.run.journal import Follower, time_of
 
 
@@ -19,6 +19,8 @@ class SeenRun(Run):
     def __init__(self, run: Run) -> None:
         """Look for the first time. Does not block; upset by no half-written or missing file."""
         super().__init__(run.path)
+        self._mark: Mark = None
+        self._marks: dict[int, Mark] = {}
         self._attempts: dict[int, SeenAttempt] = {}
         self._follower = Follower(run.orchestrator_events)
         self._own_events: list[dict[str, Any]] = []
@@ -26,15 +28,28 @@ class SeenRun(Run):
         self.look()
 
     def look(self) -> bool:
-        """Read what was written since the last look; whether that was anything, or files vanished."""
-        numbers = [attempt.number for attempt in super().attempts()]
-        was_cancelled, self._is_cancelled = self._is_cancelled, super().is_cancelled()
-        changed = numbers != list(self._attempts) or was_cancelled != self._is_cancelled
-        self._attempts = {n: self._attempts.get(n) or SeenAttempt(self, n) for n in numbers}
+        """Read what was written since the last look; whether that was anything, or files vanished.
+
+        A run or an attempt that was removed and made again under its name is another: it is read from its beginning.
+        """
+        before = self._mark, self._marks, self._is_cancelled
+        self._look_for_another()
+        self._is_cancelled = super().is_cancelled()
+        changed = before != (self._mark, self._marks, self._is_cancelled)
         new = self._follower.read()
         self._own_events += new
-        newest = numbers[-1] if numbers else 0
+        newest = max(self._attempts, default=0)
         return any([changed, bool(new), *(each.look(each.number == newest) for each in self._attempts.values())])
+
+    def _look_for_another(self) -> None:
+        """Forget what was seen of a run, or of attempts, that are no longer those that were seen."""
+        known, mark = self._marks, self.mark()
+        if mark != self._mark:
+            known, self._mark = {}, mark
+            self._follower, self._own_events = Follower(self.orchestrator_events), []
+        self._marks = {each.number: each.mark() for each in super().attempts()}
+        same = {number for number, mark in self._marks.items() if number in known and known[number] == mark}
+        self._attempts = {n: self._attempts[n] if n in same else SeenAttempt(self, n) for n in self._marks}
 
     def attempts(self) -> list[Attempt]:
         """As of the last look."""

@@ -26,10 +26,27 @@ def signal_run(run: Run, signum: signal.Signals) -> str:
         RunError: the run is not running, or runs where its process cannot be reached.
         SchedulerError: Slurm refused or could not be asked.
     """
-    attempt = _running(run)
-    if attempt is None:
-        raise RunError(f"{run.name} is not running, so there is nothing to preempt: {_why_not(run)}")
-    return _send(attempt, signum)
+    return _send(_needed(run, "preempt"), signum)
+
+
+def save_run(run: Run) -> str:
+    """Ask the running attempt to save and go on, by the signal of its config; says to what that went.
+
+    Blocks while Slurm answers.
+
+    Raises:
+        ConfigError: the run's config was damaged.
+        RunError: the run takes no such signal, is not running, or runs where its process cannot be reached.
+        SchedulerError: Slurm refused or could not be asked.
+    """
+    attempt = _needed(run, "save")
+    name = run.config().preemption.save_signal
+    if name == "none":
+        raise RunError(
+            f"{run.name} cannot be asked to save: its config has preemption.save_signal: none. "
+            "Set it to USR1 and start the run again; it saves by itself all the same"
+        )
+    return _send(attempt, signal.Signals[f"SIG{name}"])
 
 
 def cancel_run(run: Run) -> list[str]:
@@ -85,6 +102,14 @@ def _running(run: Run) -> Attempt | None:
     attempts = run.attempts()
     alive = bool(attempts) and attempts[-1].ended() is None and is_alive(attempts[-1], time.time())
     return attempts[-1] if alive else None
+
+
+def _needed(run: Run, verb: str) -> Attempt:
+    """The newest attempt, which must be alive for what is wanted of it."""
+    attempt = _running(run)
+    if attempt is None:
+        raise RunError(f"{run.name} is not running, so there is nothing to {verb}: {_why_not(run)}")
+    return attempt
 
 
 def _why_not(run: Run) -> str:

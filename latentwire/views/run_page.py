@@ -36,12 +36,17 @@ class RunPage:
 
     def __init__(self, run: Run, clock: Callable[[], float] = time.time) -> None:
         self.run = run
-        self._seen = SeenRun(run)
         self._clock = clock
-        self._curve = CurveView(run)
-        self._gpus = GpuView(run)
-        self._checkpoints = CheckpointsView(run)
-        self._events = EventsView(run)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Nothing was read yet."""
+        self._mark = self.run.mark()
+        self._seen = SeenRun(self.run)
+        self._curve = CurveView(self.run)
+        self._gpus = GpuView(self.run)
+        self._checkpoints = CheckpointsView(self.run)
+        self._events = EventsView(self.run)
         self._whole: Sections = {}
         self._next_fold = 0.0
 
@@ -51,7 +56,17 @@ class RunPage:
         return self._curve.is_behind
 
     def read(self) -> Sections:
-        """The sections that have changed since the last call; of ``curve`` and ``gpus`` what is to be added."""
+        """The sections that have changed since the last call; of ``curve`` and ``gpus`` what is to be added.
+
+        All of them where the run was removed and made again under its name.
+        """
+        if self.run.mark() != self._mark:
+            self._begin()
+            self._read_on()
+            return self.snapshot()
+        return self._read_on()
+
+    def _read_on(self) -> Sections:
         changed = self._changed_whole()
         curve = self._curve.read()
         for name, message in (("events", self._events.read()), ("curve", curve), ("gpus", self._gpus.read())):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -221,3 +222,20 @@ def test_a_run_that_vanishes_leaves_the_fleet(tmp_path: Path) -> None:
     assert message["gone"] == ["one"]
     page.read()
     as_json(page.snapshot())
+
+
+def test_a_run_that_is_made_again_under_its_name_has_a_page_of_its_own(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    attempt = run.claim_attempt("1", "local")
+    append(attempt.metrics_path, 1, 30, 1)
+    (attempt.path / "events.agent.jsonl").write_text('{"time": 1, "event": "notice", "signal": "SIGTERM"}\n')
+    page = RunPage(run)
+    page.read()
+    assert [event["event"] for event in page.snapshot()["events"]] == ["notice"]
+    shutil.rmtree(run.path)
+    make_run(tmp_path)
+    append(run.claim_attempt("2", "local").metrics_path, 1, 5, 1)
+    told = page.read()
+    assert told["attempts"][0]["job_id"] == "2"
+    assert told["events"] == []
+    assert (told["curve"]["from"], told["curve"]["num_points"]) == (None, 5), "instead of all that is shown"

@@ -168,6 +168,27 @@ def test_a_thinned_record_stands_for_all_its_seconds() -> None:
     assert only(diagnose([{**samples()[30], "seconds": 3600.0}, *idle], steps())) == "healthy"
 
 
+def thinned(seconds: float, **readings: Any) -> list[dict[str, Any]]:
+    return [{**sample, "seconds": seconds, "num_samples": seconds} for sample in samples(**readings)]
+
+
+def test_a_thinned_record_was_throttled_for_the_seconds_that_it_says() -> None:
+    capped = {"throttle_reasons": ["sw_power_cap", "hw_power_brake_slowdown"], "sm_clock_mhz": 1900}
+    brief = {"throttled_s": {"sw_power_cap": 1.0, "hw_power_brake_slowdown": 1.0}}
+    assert only(diagnose(thinned(60.0, **capped, **brief), steps())) == "healthy"
+    long = {"throttled_s": {"sw_power_cap": 45.0, "hw_power_brake_slowdown": 30.0}}
+    (finding,) = diagnose(thinned(60.0)[:21] + thinned(60.0, **capped, **long)[21:], steps())
+    assert finding.verdict == "power-throttled"
+    assert "held down for 50% of the time, at 1900 MHz of the 1980" in finding.evidence
+
+
+def test_readings_of_seconds_weigh_less_than_those_of_minutes() -> None:
+    timings = steps(data_s=0.35, forward_backward_s=0.55)
+    full, idle = samples(host={"cpu_percent": 98.0}), samples(host={"cpu_percent": 10.0})
+    (finding,) = diagnose([{**full[30], "seconds": 3600.0}, *idle], timings)
+    assert finding.change == "scheduler.cpus"
+
+
 def test_what_gpus_still_compute_is_no_exchange() -> None:
     assert only(diagnose(samples(), steps(reduction_s=0.8, forward_backward_s=0.1))) == "healthy"
     assert only(diagnose(samples(), steps(reduction_s=0.8, exchange_s=0.02))) == "healthy"

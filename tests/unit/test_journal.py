@@ -169,3 +169,11 @@ def test_a_follower_reads_a_file_that_took_the_place_of_another_from_its_start(t
     assert follower.read() == []
     path.write_text('{"time": 3}\n')
     assert [record["time"] for record in follower.read()] == [3]
+
+
+def test_a_follower_reads_a_file_that_has_become_shorter_from_its_start(path: Path) -> None:
+    path.write_text('{"time": 1}\n{"time": 2}\n')
+    follower = Follower(path)
+    assert [record["time"] for record in follower.read()] == [1, 2]
+    path.write_text('{"time": 3}\n')  # the same inode, as a new file may get it
+    assert [record["time"] for record in follower.read()] == [3]

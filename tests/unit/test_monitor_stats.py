@@ -191,6 +191,15 @@ def test_a_follower_misses_nothing_when_the_file_goes_on_in_a_new_part(tmp_path:
     assert (tmp_path / "gpu_stats.old.jsonl").exists(), "there was more than one part"
 
 
+def test_a_follower_reads_a_file_that_has_become_shorter_from_its_start(tmp_path: Path) -> None:
+    path = tmp_path / "gpu_stats.jsonl"
+    write(path, started(0, "n0"), sample(1.0))
+    follower = StatsFollower(path)
+    assert [record["time"] for record in follower.read()] == [0, 1]
+    write(path, started(7, "n0"))  # the same inode, as a new file may get it
+    assert [record["time"] for record in follower.read()] == [7]
+
+
 # ---- The writer's bad days -------------------------------------------------------------------------------------------
 
 KILLED = """

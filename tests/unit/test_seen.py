@@ -81,3 +81,38 @@ def test_what_vanishes_is_seen_no_more(home: Path) -> None:
     shutil.rmtree(run.path)
     assert seen.look()
     assert status_of(seen, time.time()).state == "PENDING"
+
+
+def test_a_run_that_is_made_again_under_its_name_is_another(home: Path) -> None:
+    run, now = make_run(home), time.time() - 1000
+    write_own(run, (now, "submitted", {"job_id": "1", "scheduler": "slurm"}))
+    for number in (1, 2):
+        attempt = run.claim_attempt(str(number), "slurm")
+        preempt(attempt, train(attempt, now + 100 * number, 0, 40), 40)
+    seen = SeenRun(run)
+    shutil.rmtree(run.path)
+    assert make_run(home) == run
+    write_own(run, (now, "submitted", {"job_id": "7", "scheduler": "slurm"}))
+    for number in (1, 2):  # so many again: nothing is missing
+        attempt = run.claim_attempt(f"7{number}", "slurm")
+        train(attempt, now + 300 * number, 0, 20)
+    assert seen.look()
+    assert [event["job_id"] for event in seen.own_events()] == ["7"]
+    assert [attempt.record()["job_id"] for attempt in seen.attempts()] == ["71", "72"]
+    assert [attempt.ended() for attempt in seen.attempts()] == [None, None]
+    assert agree(seen, run)
+    assert not seen.look()
+
+
+def test_an_attempt_that_is_claimed_again_under_its_number_is_another(home: Path) -> None:
+    run, now = make_run(home), time.time() - 1000
+    for number in (1, 2):
+        attempt = run.claim_attempt(str(number), "slurm")
+        preempt(attempt, train(attempt, now + 100 * number, 0, 40), 40)
+    seen = SeenRun(run)
+    shutil.rmtree(run.path / "attempts")
+    for number in (1, 2):
+        train(run.claim_attempt(f"7{number}", "slurm"), now + 300 * number, 0, 20)
+    assert seen.look()
+    assert [attempt.record()["job_id"] for attempt in seen.attempts()] == ["71", "72"]
+    assert agree(seen, run)
