@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import select
 import signal
 import sys
@@ -106,7 +107,11 @@ def _make_parser() -> _Parser:
     )
     parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="made if it does not exist")
     parser.add_argument(
-        "--file-name", default="gpu_stats.jsonl", metavar="NAME", help="of the file in DIR (default: %(default)s)"
+        "--file-name",
+        type=_file_name,
+        default="gpu_stats.jsonl",
+        metavar="NAME",
+        help="of the file in DIR, gpu_stats*.jsonl (default: %(default)s)",
     )
     parser.add_argument("--interval", type=_seconds, default=1.0, metavar="S", help="seconds a sample (default: 1.0)")
     parser.add_argument(
@@ -121,6 +126,12 @@ def _make_parser() -> _Parser:
         help="end when standard input closes, ignoring TERM, INT, USR1 and USR2 (default: end on INT or TERM)",
     )
     return parser
+
+
+def _file_name(text: str) -> str:
+    if not re.fullmatch(r"gpu_stats[\w.-]*\.jsonl", text):  # readers find it by that
+        raise argparse.ArgumentTypeError(f"{text!r} is no name like gpu_stats.jsonl or gpu_stats.node1.jsonl")
+    return text
 
 
 def _seconds(text: str) -> float:

@@ -79,7 +79,7 @@ class Sinks:
             return
         message = {"state": "raised" if alert.is_raised else "over", **alert.fields(), "time": time.time()}
         message |= {"run": self._run.name, "attempt": attempt, "host": node_name(), "directory": str(self._run.path)}
-        data = json.dumps(json_safe(message), allow_nan=False).encode()
+        data = f"{json.dumps(json_safe(message), allow_nan=False)}\n".encode()
         for sink in self._sinks:
             sink.put(data)
 

@@ -43,7 +43,7 @@ def stats_files(folder: Path) -> list[Path]:
     return sorted({part.with_name(part.name.replace(".old.", ".").replace(".thin.", ".")) for part in parts})
 
 
-def read_stats(folder: Path, since: float = -math.inf) -> Iterator[Record]:
+def read_stats(folder: Path | str, since: float = -math.inf) -> Iterator[Record]:
     """All records of an attempt's monitors in the order of time; for whoever shows or judges them. Reads as it goes.
 
     Args:
@@ -57,7 +57,7 @@ def read_stats(folder: Path, since: float = -math.inf) -> Iterator[Record]:
         of ``gpus`` has a ``uuid``. Events ``{"time", "event", "hostname"}`` with details stand in between. Half lines,
         foreign lines and files that vanish are left out.
     """
-    yield from heapq.merge(*(_as_far_as_readable(path, since) for path in stats_files(folder)), key=time_of)
+    yield from heapq.merge(*(_as_far_as_readable(path, since) for path in stats_files(Path(folder))), key=time_of)
 
 
 def _as_far_as_readable(path: Path, since: float) -> Iterator[Record]:
