@@ -35,7 +35,7 @@ from latentwire.train.alerting import AlertWatch
 NAMED = "LATENTWIRE_TEST_WEBHOOK"
 IN_THE_SIXTH_STEP = 41
 """Visits of its rank: one in warm-up, eight in each step."""
-KEEP = "import sys; open(sys.argv[1], 'ab').write(sys.stdin.buffer.read() + b'\\n')"
+KEEP = "import sys; open(sys.argv[1], 'ab').write(sys.stdin.buffer.read())"
 
 
 def alerts_of(run: Run, name: str, event: str = "alert") -> list[dict[str, Any]]:
