@@ -26,17 +26,18 @@ test: test-fast test-slurm
 test-fast: $(INSTALLED)
 	@sh tests/faults/install.sh
 	@sh tests/dashboard/install.sh
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --timeout 900 -m "not slow and not gpu and not slurm"
+	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder --timeout 900 -m "not slow and not gpu and not slurm"
 
 # Here each process has a Slurm of its own.
 test-slurm: $(INSTALLED)
 	@sh tests/slurm/install.sh
 	$(BIN)/python -m pytest -n 4 --dist loadfile --timeout 900 -m "slurm and not slow" tests/slurm
 
-# Writes the fault matrix; 1,000 kills instead of 200. For a night, or before a release.
+# What is too slow for every run; 1,000 kills instead of 200; writes the fault matrix. For a night, or before a release.
 nightly: $(INSTALLED)
 	@sh tests/faults/install.sh
 	$(BIN)/python -m pytest tests/crash tests/faults tests/unit/test_checkpoint_kill.py --kills 1000 --matrix docs/reliability.md
+	$(BIN)/python -m pytest --timeout 1800 -m "slow and not gpu and not slurm" tests
 
 cluster: $(INSTALLED)
 	@$(BIN)/python tests/slurm/cluster.py up build/cluster

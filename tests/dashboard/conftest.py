@@ -1,4 +1,4 @@
-"""One browser for all tests of the dashboard, and servers that end with their test."""
+"""A browser for the tests of a module, and servers that end with their test."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from playwright.sync_api import Browser, sync_playwright
 from serving_parts import Serve, Server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # while it is there, its event loop keeps other tests from having one
 def browser() -> Iterator[Browser]:
     """Debian's Chromium without a window."""
     chromium = shutil.which("chromium")

@@ -229,6 +229,7 @@ def test_where_and_when_a_model_runs_changes_no_bit(
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile looks at it
+@pytest.mark.slow
 def test_compiled_layers_meet_few_shapes(runs: Path, workload: PairWorkload, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of any text lengths: torch gives up on a function that is compiled for too many shapes."""
     monkeypatch.setattr(frozen, "COMPILED", {"fullgraph": True, "dynamic": False, "backend": "aot_eager"})
