@@ -41,7 +41,7 @@ _WORDS: dict[str, Callable[[Event], str | None]] = {
     "environment_changed": lambda e: f"WARNING environment changed, {e.get('note')}: {'; '.join(e.get('changes', []))}",
     "hang": lambda e: f"WARNING {tell_hang(e)}",
     "hang_over": lambda e: f"{_ranks(e.get('ranks', []))} came after {_figure(e.get('waited_s'))} s",
-    "alert": lambda e: f"WARNING {e.get('text')}",
+    "alert": lambda e: None if e.get("alert") == "grace" else f"WARNING {e.get('text')}",  # the forecast said so
     "alert_over": lambda e: f"alert over ({e.get('alert')}): {e.get('text')}",
     "alerts_failed": lambda e: f"WARNING no more alerts in this attempt: {e.get('error')}",
     "alert_not_sent": lambda e: f"WARNING no alert reaches the {e.get('sink')}: {e.get('error')}",
