@@ -37,6 +37,7 @@ def drill_program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subproce
     process.communicate()
 
 
+@pytest.mark.slow
 def test_a_workload_that_depends_on_the_attempt_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = {"depends_on_attempt": True, **SLOW_ENOUGH["workload"]["options"]}
     config = write_config(tmp_path, "toy-drill", workload={"options": options}, checkpoint=OFTEN_SAVED)
