@@ -1,6 +1,6 @@
 """What the monitor costs: processor time at its usual pace, each NVML call, and the steps of a loop beside it.
 
-``python benchmarks/monitor.py [--seconds 30] [--pairs 8] [--window-s 3] [--device cuda|cpu] [--json FILE]``
+``python benchmarks/monitor.py [--seconds 30] [--pairs 20] [--window-s 2] [--device cuda|cpu] [--json FILE]``
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -32,8 +33,8 @@ def main() -> None:
     """Measure and print three tables; without a GPU only the host's row, unless a device is given."""
     parser = argparse.ArgumentParser(description="What the monitor costs.")
     parser.add_argument("--seconds", type=float, default=30.0, help="of each measurement of processor time")
-    parser.add_argument("--pairs", type=int, default=8, help="of windows with and without the monitor")
-    parser.add_argument("--window-s", type=float, default=3.0)
+    parser.add_argument("--pairs", type=int, default=20, help="of windows beside a running and a stopped monitor")
+    parser.add_argument("--window-s", type=float, default=2.0)
     parser.add_argument("--device", choices=("cuda", "cpu"), help="for the loop (default: a GPU, if there is one)")
     parser.add_argument("--json", type=Path, default=Path("build/monitor-benchmark.json"))
     options = parser.parse_args()
@@ -145,15 +146,16 @@ def timed(name: str, num_of_5: int, call: Callable[[], object]) -> dict[str, Any
 
 
 def steps(device: str, name: str, num_pairs: int, window_s: float) -> dict[str, Any]:
-    """Step times of a loop in windows with and without a monitor, in turn; the order of a pair changes."""
+    """Step times of a loop in windows beside a running and a stopped monitor, in turn; the order of a pair changes."""
     step = loop(device, name)
     for _ in range(20):
         step()
     differences, plain_ms = [], []
-    for pair in range(num_pairs):
-        found = {with_monitor: window(step, with_monitor, window_s) for with_monitor in order(pair)}
-        differences.append(100 * (found[True] / found[False] - 1))
-        plain_ms.append(1000 * found[False])
+    with tempfile.TemporaryDirectory() as folder, monitor(Path(folder), gpus=True) as process:
+        for pair in range(num_pairs):
+            found = {runs: window(step, process, runs, window_s) for runs in order(pair)}
+            differences.append(100 * (found[True] / found[False] - 1))
+            plain_ms.append(1000 * found[False])
     low, median, high = statistics.quantiles(differences, n=4)
     if name == "large":
         print("| steps of | plain step (ms) | with the monitor: median (quartiles; extremes) |\n|---|---|---|")
@@ -167,21 +169,22 @@ def steps(device: str, name: str, num_pairs: int, window_s: float) -> dict[str, 
 
 
 def order(pair: int) -> tuple[bool, bool]:
-    """Without first, then with; the other way round in the next pair, against whatever drifts."""
+    """Stopped first, then running; the other way round in the next pair, against whatever drifts."""
     return (False, True) if pair % 2 == 0 else (True, False)
 
 
-def window(step: Callable[[], None], with_monitor: bool, window_s: float) -> float:
-    """Seconds a step."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        if with_monitor:
-            stack.enter_context(monitor(Path(folder), gpus=True))
+def window(step: Callable[[], None], process: subprocess.Popen[bytes], runs: bool, window_s: float) -> float:
+    """Seconds a step while the monitor runs or stands still; it runs on afterwards."""
+    if not runs:
+        process.send_signal(signal.SIGSTOP)
+    step()
+    began_s, num_steps = time.perf_counter(), 0
+    while time.perf_counter() - began_s < window_s:
         step()
-        began_s, num_steps = time.perf_counter(), 0
-        while time.perf_counter() - began_s < window_s:
-            step()
-            num_steps += 1
-        return (time.perf_counter() - began_s) / num_steps
+        num_steps += 1
+    seconds = (time.perf_counter() - began_s) / num_steps
+    process.send_signal(signal.SIGCONT)
+    return seconds
 
 
 def loop(device: str, name: str) -> Callable[[], None]:

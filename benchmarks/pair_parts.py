@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import time
 from collections.abc import Callable, Mapping
@@ -13,12 +14,16 @@ import torch
 from latentwire.workloads.base import BuildContext
 from latentwire.workloads.pair import PairWorkload
 from latentwire.workloads.pair.batch import PairBatch, TargetBatch
+from latentwire.workloads.pair.frozen import past_of
 
 LATENTS = 32
 SIZES: dict[str, dict[str, int]] = {
     "full": {"d_z": 256, "d_model": 512, "byte_layers": 4, "latent_layers": 4, "heads": 8},
     "tiny": {"d_z": 64, "d_model": 64, "byte_layers": 1, "latent_layers": 1, "heads": 4},
 }
+
+CHAT_TEMPLATES = {"llama": (30, 5), "qwen": (24, 5)}
+"""Tokens before the user's words and between them and the answer, of Llama-3.1-8B-Instruct and Qwen2.5-7B-Instruct."""
 
 
 def build(
@@ -50,6 +55,17 @@ def build(
     return workload
 
 
+def in_chat(workload: PairWorkload) -> None:
+    """From here on each model reads as many tokens around the soft prefix as its published chat template has."""
+    for name, num_tokens in CHAT_TEMPLATES.items():
+        frozen = workload._frozen[name]
+        ids = torch.arange(sum(num_tokens), device=frozen.devices[0])[None]
+        head, tail = frozen.model.get_input_embeddings()(ids).split(num_tokens, dim=1)
+        script = dataclasses.replace(frozen.script, head=tuple(ids[0, : num_tokens[0]].tolist()))
+        past = past_of(frozen.model, head, frozen.devices)
+        workload._frozen[name] = dataclasses.replace(frozen, script=script, past=past, tail=tail)
+
+
 def batch_of(workload: PairWorkload, size: int, target_tokens: int, source_bytes: int = 512) -> PairBatch:
     """Random bytes and tokens, all of one length: no padding for anybody to save."""
     generator = torch.Generator().manual_seed(size)
@@ -76,7 +92,7 @@ def flops_per_sample(workload: PairWorkload, target_tokens: int) -> float:
     total = 0.0
     for frozen in workload._frozen.values():
         layers = sum(p.numel() for p in frozen.model.get_decoder().layers.parameters() if p.ndim == 2)
-        positions = frozen.head.shape[1] + LATENTS + frozen.tail.shape[1] + target_tokens - 1
+        positions = LATENTS + frozen.tail.shape[1] + target_tokens - 1
         total += 4.0 * (layers * positions + frozen.model.get_output_embeddings().weight.numel() * target_tokens)
     return total
 

@@ -1,6 +1,6 @@
 """A step of the pair: a plain transformers loop, ours with each of its tricks, and what the chip's matrix units allow.
 
-``python benchmarks/pair_step.py [--shape tiny|full] [--batch 64] [--target-tokens 96] [--json FILE]``
+``python benchmarks/pair_step.py [--shape tiny|full] [--batch 64] [--target-tokens 96] [--chat] [--json FILE]``
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pair_parts import batch_of, build, flops_per_sample, gradient_digest, on_devices, seconds_of, synchronize
+from pair_parts import batch_of, build, flops_per_sample, gradient_digest, in_chat, on_devices, seconds_of, synchronize
 from torch.nn import functional
 
 from latentwire.train.precision import make_repeatable
@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=("tiny", "full"), default="tiny")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--target-tokens", type=int, default=96)
+    parser.add_argument("--chat", action="store_true", help="with as many tokens around as a chat template has")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--json", type=Path, default=Path("build/pair-step-benchmark.json"))
     options = parser.parse_args()
@@ -67,9 +68,9 @@ def plain(workload: PairWorkload, batch: PairBatch) -> None:
     latents = workload._encode(batch.source)
     for name, frozen in workload._frozen.items():
         target = batch.targets[name]
-        with workload._autocast():
-            prefix = workload._wire.prefix(name, latents)
-        embeds = frozen._assemble(prefix, target.tokens)
+        head = frozen.model.get_input_embeddings()(torch.tensor([frozen.script.head], device=latents.device).long())
+        rest = frozen._assemble(workload._prefix(name, latents), target.tokens)
+        embeds = torch.cat([head.expand(len(rest), -1, -1), rest], dim=1)
         labels = functional.pad(target.tokens, (embeds.shape[1] - target.tokens.shape[1], 0), value=-100)
         mask = torch.ones_like(labels)
         losses.append(frozen.model(inputs_embeds=embeds, attention_mask=mask, labels=labels, use_cache=False).loss)
@@ -86,6 +87,8 @@ def measure(
 ) -> dict[str, Any]:
     """Build, take a first step, look at its bits, measure the rest; prints its row."""
     workload = build(folder, options.shape, device, **how)
+    if options.chat:
+        in_chat(workload)
     batch = on_devices(workload, batch_of(workload, options.batch, options.target_tokens))
     digests, first = [], 0.0
     for _ in range(2):

@@ -136,9 +136,8 @@ class _Loss(torch.nn.Module):
     def forward(self, batch: PairBatch) -> torch.Tensor:
         """The mean of both losses."""
         (workload,) = self._workload
-        latents = workload._encode(batch.source)
-        losses = [workload._loss(name, latents, batch.targets[name]) for name in workload._frozen]
-        return torch.stack(losses).mean()
+        losses = workload._losses(workload._encode(batch.source), batch)
+        return torch.stack([*losses.values()]).mean()
 
 
 def ddp(workload: PairWorkload, batch: PairBatch, mine: range, ranks: Ranks) -> Way:

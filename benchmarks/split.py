@@ -71,7 +71,7 @@ def of_one(workload: PairWorkload, batch: PairBatch, name: str) -> Callable[[], 
 
     def step() -> None:
         latents = workload._encode(batch.source)
-        workload._loss(name, latents, batch.targets[name]).backward()
+        workload._frozen[name].loss(workload._prefix(name, latents), batch.targets[name]).backward()
 
     return step
 

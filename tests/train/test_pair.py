@@ -157,22 +157,24 @@ def test_the_collator_travels_to_other_processes(workload: PairWorkload) -> None
     assert len(pickle.dumps(workload.collate)) < 2**20
 
 
-def test_the_loss_is_that_of_an_unpadded_pass_through_transformers(workload: PairWorkload) -> None:
-    """Each sample alone, without any mask or padding, through the model's own forward and loss."""
-    frozen, total, count = workload._frozen["llama"], 0.0, 0
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_loss_is_that_of_an_unpadded_pass_through_transformers(workload: PairWorkload, name: str) -> None:
+    """Each sample alone, without any mask, padding or known keys, through the model's own forward and loss."""
+    frozen, total, count = workload._frozen[name], 0.0, 0
+    head, tail = (torch.tensor([ids]) for ids in (frozen.script.head, frozen.script.tail))
     samples = spread(workload, 4)
     for sample in samples:
         batch = workload.collate([sample])
-        tokens = batch.targets["llama"].tokens
+        tokens = batch.targets[name].tokens
         embed = frozen.model.get_input_embeddings()
         with torch.no_grad():
-            prefix = workload.trainable.prefix("llama", workload.trainable.encode(batch.source))
-            inputs = torch.cat([embed(torch.tensor([frozen.script.head])), prefix, embed(tokens)], 1)
+            prefix = workload.trainable.prefix(name, workload.trainable.encode(batch.source))
+            inputs = torch.cat([embed(head), prefix, embed(tail.long()), embed(tokens)], 1)
             labels = torch.full(inputs.shape[:2], -100)
             labels[:, -tokens.shape[1] :] = tokens
             loss = frozen.model(inputs_embeds=inputs, labels=labels).loss
         total, count = total + float(loss) * tokens.numel(), count + tokens.numel()
-    assert losses_of(workload, workload.collate(samples))["loss/llama"] == pytest.approx(total / count, rel=1e-5)
+    assert losses_of(workload, workload.collate(samples))[f"loss/{name}"] == pytest.approx(total / count, rel=1e-5)
 
 
 def test_only_target_tokens_count(workload: PairWorkload) -> None:

@@ -14,12 +14,19 @@ from accelerate.utils import compute_module_sizes
 from latentwire.config import TrainSection
 from latentwire.elastic.footprint import FrozenModule
 from latentwire.workloads.pair import Options, footprint
+from latentwire.workloads.pair.attention import install
 from latentwire.workloads.pair.batch import TargetBatch
 from latentwire.workloads.pair.cross_entropy import CHUNK_ROWS
 from latentwire.workloads.pair.data import pydoc_passages
 from latentwire.workloads.pair.families import FAMILIES
-from latentwire.workloads.pair.footprint import LOGITS_AT_ONCE, TEMPLATE_TOKENS, DecoderShape, num_wire_parameters
-from latentwire.workloads.pair.frozen import FrozenModel, error_function, trained_through
+from latentwire.workloads.pair.footprint import (
+    HEAD_TOKENS,
+    LOGITS_AT_ONCE,
+    TAIL_TOKENS,
+    DecoderShape,
+    num_wire_parameters,
+)
+from latentwire.workloads.pair.frozen import FrozenModel, error_function, past_of, trained_through
 from latentwire.workloads.pair.options import WireOptions
 from latentwire.workloads.pair.tokenizer import DIALECTS, Script, make_script, train_tokenizer
 from latentwire.workloads.pair.wire import LatentWire
@@ -122,10 +129,11 @@ def test_every_parameter_of_the_wire_is_counted(options: dict[str, Any]) -> None
 
 def frozen(name: str, dtype: torch.dtype, checkpointed: bool) -> FrozenModel:
     family, cpu = FAMILIES[name], torch.device("cpu")
-    model = family.model_class._from_config(family.config("tiny"), dtype=dtype, attn_implementation="sdpa")
+    model = family.model_class._from_config(family.config("tiny"), dtype=dtype, attn_implementation=install())
     layers = trained_through(model.requires_grad_(False).eval(), compiled=False, checkpointed=checkpointed)
-    nothing, script = torch.zeros(1, 0, model.config.hidden_size, dtype=dtype), cast(Script, None)
-    return FrozenModel(name, model, Path(), script, nothing, nothing, (cpu,), layers, error_function(False))
+    head, tail = (torch.zeros(1, length, model.config.hidden_size, dtype=dtype) for length in (1, 0))
+    past, script = past_of(model, head, (cpu,)), cast(Script, None)
+    return FrozenModel(name, model, Path(), script, past, tail, (cpu,), layers, error_function(False))
 
 
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
@@ -139,8 +147,7 @@ def test_what_autograd_keeps_of_a_frozen_model(name: str, dtype: torch.dtype, ch
 
 
 def of_model(name: str, dtype: torch.dtype) -> FrozenModule:
-    """Without a chat template there is one position more than the wire and the target have: the head's."""
-    found = of_pair("tiny", "fp32" if dtype == torch.float32 else "bf16", latent_len=LATENTS - 1)
+    found = of_pair("tiny", "fp32" if dtype == torch.float32 else "bf16", latent_len=LATENTS)
     return next(module for module in found.modules if module.name == name)
 
 
@@ -175,4 +182,5 @@ def test_the_chat_template_is_no_longer_than_assumed(name: str) -> None:
     texts = [text for pair in pydoc_passages() for text in pair]
     tokenizer = train_tokenizer(DIALECTS[name], FAMILIES[name].tiny_vocab, texts)
     script = make_script(name, tokenizer, use_chat_template=True)
-    assert len(script.head) + len(script.tail) <= TEMPLATE_TOKENS
+    assert len(script.head) <= HEAD_TOKENS
+    assert len(script.tail) <= TAIL_TOKENS

@@ -23,8 +23,9 @@ LOGIT_WORK_BYTES = 17
 """Of each logit beside itself while its error is computed: float32 logits, their exponentials, what should be predicted
 as bool and as float32, and the difference, from the order of the operations of ``cross_entropy.errors``."""
 
-TEMPLATE_TOKENS = 40
-"""Head and tail together with a chat template. Llama 3.1's has 35, Qwen2.5's 29: what an empty message costs there."""
+HEAD_TOKENS, TAIL_TOKENS = 30, 10
+"""With a chat template: what stands before the soft prefix and between it and the target. Llama 3.1's template has 30
+and 5, Qwen2.5's 24 and 5. The head is read once for all; samples attend to it."""
 
 WORKING_WIDTHS = (4, 2)
 """Tensors of a token's intermediate and hidden size that are alive while the backward pass is in one layer's MLP, from
@@ -146,19 +147,19 @@ class DecoderShape:
         """Of the whole model."""
         return self.front_parameters + self.num_layers * self.layer_parameters + self.back_parameters
 
-    def layer_kept_bytes(self, length: int, number_bytes: int, is_compiled: bool) -> int:
+    def layer_kept_bytes(self, length: int, num_past: int, number_bytes: int, is_compiled: bool) -> int:
         """What autograd keeps of a layer with frozen weights for a sequence; a product keeps nothing but its weights.
 
-        The inputs of both norms and their inverse means in float32; queries, keys, values, what attention makes of
-        them and its float32 normaliser; gate, its SiLU and the other factor. Compiled, the norms' inputs are kept as
-        they came and the SiLU is computed again.
+        The inputs of both norms and their inverse means in float32; gate, its SiLU and the other factor. Compiled, the
+        norms' inputs are kept as they came and the SiLU is computed again. Of these and of what the sequence
+        continues: queries, keys, values, what attention makes of them and its float32 normaliser.
         """
-        if is_compiled:
-            numbers = 2 * self.hidden + 2 * (self.query_size + self.key_size) + 2 * self.intermediate
-            return length * (numbers * number_bytes + 4 * (2 + self.num_heads))
-        norms = 2 * 4 * (self.hidden + 1)
         attention = 2 * (self.query_size + self.key_size) * number_bytes + 4 * self.num_heads
-        return length * (norms + attention + 3 * self.intermediate * number_bytes)
+        if is_compiled:
+            rest = (2 * self.hidden + 2 * self.intermediate) * number_bytes + 2 * 4
+        else:
+            rest = 2 * 4 * (self.hidden + 1) + 3 * self.intermediate * number_bytes
+        return length * rest + (length + num_past) * attention
 
     def layer_working_bytes(self, length: int, number_bytes: int) -> int:
         """Taken beside that, while the backward pass is in the layer."""
@@ -173,15 +174,16 @@ class DecoderShape:
 def _frozen(name: str, shape: DecoderShape, options: Options, number_bytes: int) -> FrozenModule:
     model: ModelOptions = getattr(options, name)
     targets = options.data.max_target_tokens
-    length = (TEMPLATE_TOKENS if model.use_chat_template else 1) + options.wire.latent_len + targets - 1
-    products, attention = 2 * length * shape.matrix_parameters, shape.attention_flops(length)
+    num_past = HEAD_TOKENS if model.use_chat_template else 1
+    length = options.wire.latent_len + (TAIL_TOKENS if model.use_chat_template else 0) + targets - 1
+    products, attention = 2 * length * shape.matrix_parameters, shape.attention_flops(num_past + length)
     return FrozenModule(
         name,
         num_layers=shape.num_layers,
         front_bytes=shape.front_parameters * number_bytes,
         layer_bytes=shape.layer_parameters * number_bytes,
         back_bytes=shape.back_parameters * number_bytes,
-        layer_kept_bytes=shape.layer_kept_bytes(length, number_bytes, options.compile),
+        layer_kept_bytes=shape.layer_kept_bytes(length, num_past, number_bytes, options.compile),
         layer_input_bytes=length * shape.hidden * number_bytes,
         layer_working_bytes=shape.layer_working_bytes(length, number_bytes),
         # of each state that predicts: the last norm's, its gradient, which is known at once, and its place

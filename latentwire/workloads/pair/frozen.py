@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from latentwire.elastic.footprint import cut
+from latentwire.workloads.pair.attention import KeysValues
 from latentwire.workloads.pair.batch import TargetBatch
 from latentwire.workloads.pair.cross_entropy import Errors, cross_entropy, errors
 from latentwire.workloads.pair.digests import folder_digest, module_digest
@@ -34,7 +35,9 @@ class FrozenModel:
     Attributes:
         folder: what it was loaded from; holds only a tokenizer where the weights were drawn in place.
         script: its tokens.
-        head, tail: (1, n, H) embeddings of the script's fixed tokens, made once.
+        past: of each layer, the keys and values of the script's head, which no sample and no training changes; None
+            where there is no head.
+        tail: (1, n, H) embeddings of the script's tail.
         devices: the embedding is on the first, the output layer on the last, the layers over all in order.
         layers: what a pass with gradients goes through.
         errors: the compiled or plain ``cross_entropy.errors``.
@@ -44,7 +47,7 @@ class FrozenModel:
     model: PreTrainedModel
     folder: Path
     script: Script
-    head: Tensor
+    past: tuple[KeysValues | None, ...]
     tail: Tensor
     devices: tuple[torch.device, ...]
     layers: tuple[Layer, ...]
@@ -68,43 +71,66 @@ class FrozenModel:
         return hashlib.sha256(f"{digest} {module_digest(self.model, safe_point)}".encode()).hexdigest()
 
     def loss(self, prefix: Tensor, target: TargetBatch) -> Tensor:
-        """Mean cross-entropy over the target tokens, float32, on the prefix's device. Does not wait for any device.
+        """Mean cross-entropy over the target tokens, float32, on the last device. Does not wait for any device.
 
-        The model's input is head, soft prefix, tail, target. Only the states that predict a target token become
+        The model reads head, soft prefix, tail, target. Only the states that predict a target token become
         logits. No mask: what pads a target stands to the right of all that is read.
 
         Args:
-            prefix: (B, latent_len, H) float32.
+            prefix: (B, latent_len, H) float32, on the first device.
             target: CPU or device tensors.
         """
         first, last = self.devices[0], self.devices[-1]
         tokens = target.tokens.to(first, non_blocking=True)
-        embeds = self._assemble(prefix.to(first), tokens[:, :-1])  # nothing follows the last, so nobody reads it
+        embeds = self._assemble(prefix, tokens[:, :-1])  # nothing follows the last, so nobody reads it
         hidden = self._through_layers(embeds)[:, -tokens.shape[1] :].flatten(0, 1)
         predicting = hidden.index_select(0, target.rows.to(last, non_blocking=True))
         states = self.model.get_decoder().norm(predicting)
         weight = self.model.get_output_embeddings().weight
-        loss = cross_entropy(states, weight, target.labels.to(last, non_blocking=True), self.errors)
-        return loss.to(prefix.device)
+        return cross_entropy(states, weight, target.labels.to(last, non_blocking=True), self.errors)
 
     def _assemble(self, prefix: Tensor, tokens: Tensor) -> Tensor:
-        """Embeddings (B, head + latent_len + tail + tokens, H) in the model's dtype."""
-        embed, size = self.model.get_input_embeddings(), len(tokens)
-        parts = [self.head.expand(size, -1, -1), prefix.to(embed.weight.dtype), self.tail.expand(size, -1, -1)]
-        return torch.cat([*parts, embed(tokens)], dim=1)
+        """Embeddings (B, latent_len + tail + tokens, H) in the model's dtype."""
+        embed = self.model.get_input_embeddings()
+        parts = [prefix.to(embed.weight.dtype), self.tail.expand(len(tokens), -1, -1), embed(tokens)]
+        return torch.cat(parts, dim=1)
 
     def _through_layers(self, embeds: Tensor) -> Tensor:
         """(B, L, H) -> (B, L, H), before the last norm. What is evaluated without gradients goes uncompiled."""
-        decoder = self.model.get_decoder()
-        layers = self.layers if torch.is_grad_enabled() else decoder.layers
-        positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
-        rotary = decoder.rotary_emb(embeds, position_ids=positions)
-        hidden = embeds
-        for layer, device in zip(layers, devices_of_layers(len(layers), self.devices), strict=True):
-            if hidden.device != device:
-                hidden, rotary = hidden.to(device), tuple(part.to(device) for part in rotary)
-            hidden = layer(hidden, attention_mask=None, position_embeddings=rotary)
-        return hidden
+        layers = self.layers if torch.is_grad_enabled() else self.model.get_decoder().layers
+        return through_layers(self.model, layers, self.devices, embeds, self.past)
+
+
+def through_layers(
+    model: PreTrainedModel,
+    layers: Sequence[Layer],
+    devices: tuple[torch.device, ...],
+    embeds: Tensor,
+    past: Sequence[KeysValues | None],
+    **options: Any,
+) -> Tensor:
+    """(B, L, H) -> (B, L, H), before the last norm; ``options`` are given to each layer."""
+    start = 0 if past[0] is None else past[0][0].shape[2]
+    positions = torch.arange(start, start + embeds.shape[1], device=embeds.device)[None]
+    rotary = model.get_decoder().rotary_emb(embeds, position_ids=positions)
+    hidden = embeds
+    for layer, known, device in zip(layers, past, devices_of_layers(len(layers), devices), strict=True):
+        if hidden.device != device:
+            hidden, rotary = hidden.to(device), tuple(part.to(device) for part in rotary)
+        hidden = layer(hidden, attention_mask=None, position_embeddings=rotary, past=known, **options)
+    return hidden
+
+
+def past_of(model: PreTrainedModel, head: Tensor, devices: tuple[torch.device, ...]) -> tuple[KeysValues | None, ...]:
+    """The keys and values of ``head`` (1, n, H), by layer, where each layer is. None of each where n is 0."""
+    layers = model.get_decoder().layers
+    nothing: tuple[None, ...] = (None,) * len(layers)
+    if not head.shape[1]:
+        return nothing
+    cache = DynamicCache()
+    with torch.no_grad():
+        through_layers(model, layers, devices, head, nothing, past_key_values=cache)
+    return tuple((layer.keys, layer.values) for layer in cache.layers)
 
 
 def devices_of_layers(num_layers: int, devices: tuple[torch.device, ...]) -> list[torch.device]:

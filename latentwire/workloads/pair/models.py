@@ -19,10 +19,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from latentwire.errors import WorkloadError
 from latentwire.workloads.base import BuildContext
+from latentwire.workloads.pair import attention
 from latentwire.workloads.pair.data import pydoc_passages
 from latentwire.workloads.pair.families import FAMILIES, Family
 from latentwire.workloads.pair.folders import INDEX, WEIGHTS, make_once
-from latentwire.workloads.pair.frozen import FrozenModel, devices_of_layers, error_function, trained_through
+from latentwire.workloads.pair.frozen import FrozenModel, devices_of_layers, error_function, past_of, trained_through
 from latentwire.workloads.pair.options import ModelOptions
 from latentwire.workloads.pair.tokenizer import DIALECTS, make_script, train_tokenizer
 
@@ -53,8 +54,9 @@ def load_frozen(name: str, options: ModelOptions, context: BuildContext, compile
     remove_hook_from_submodules(model)  # accelerate's copy inputs to each layer; FrozenModel does so where devices meet
     model.requires_grad_(False).eval()
     head, tail = (_embed(model, ids, devices[0]) for ids in (script.head, script.tail))
+    past = past_of(model, head, devices)
     layers = trained_through(model, compiled, context.gradient_checkpointing)
-    return FrozenModel(name, model, folder, script, head, tail, devices, layers, error_function(compiled))
+    return FrozenModel(name, model, folder, script, past, tail, devices, layers, error_function(compiled))
 
 
 def _device_map(num_layers: int, devices: tuple[torch.device, ...]) -> dict[str, torch.device]:
@@ -136,7 +138,7 @@ def _draw(family: Family, shape: str, context: BuildContext) -> PreTrainedModel:
     with torch.random.fork_rng(devices=cuda), context.device:
         torch.manual_seed(seed)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            family.config(shape), dtype=context.compute_dtype, attn_implementation="sdpa"
+            family.config(shape), dtype=context.compute_dtype, attn_implementation=attention.install()
         )
     return model
 
@@ -148,7 +150,7 @@ def _load(
     arguments: dict[str, Any] = {
         "dtype": context.compute_dtype,
         "device_map": _device_map(config["num_hidden_layers"], devices),
-        "attn_implementation": "sdpa",
+        "attn_implementation": attention.install(),
         "use_safetensors": True,
         "local_files_only": True,
         "output_loading_info": True,

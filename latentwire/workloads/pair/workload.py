@@ -12,7 +12,7 @@ from torch import Tensor
 
 from latentwire.errors import WorkloadError
 from latentwire.workloads.base import BuildContext, StepReport
-from latentwire.workloads.pair.batch import Collator, PairBatch, TargetBatch
+from latentwire.workloads.pair.batch import Collator, PairBatch
 from latentwire.workloads.pair.data import Pair, PairData, load_pairs
 from latentwire.workloads.pair.families import FAMILIES
 from latentwire.workloads.pair.frozen import FrozenModel
@@ -82,7 +82,7 @@ class PairWorkload:
         if self._share_a_device:
             losses = self._step_one_by_one(latents, batch, backward)
         else:
-            losses = {name: self._loss(name, latents, batch.targets[name]) for name in self._frozen}
+            losses = self._losses(latents, batch)
             backward(_mean(losses))
         return _report(losses, batch)
 
@@ -91,7 +91,7 @@ class PairWorkload:
         self._wire.eval()
         with torch.no_grad():
             latents = self._encode(batch.source.to(self._device, non_blocking=True))
-            losses = {name: self._loss(name, latents, batch.targets[name]) for name in self._frozen}
+            losses = self._losses(latents, batch)
         return _report(losses, batch)
 
     def frozen_digests(self) -> dict[str, str]:
@@ -136,7 +136,7 @@ class PairWorkload:
         copy = latents.detach().requires_grad_()
         losses = {}
         for name in self._frozen:
-            loss = self._loss(name, copy, batch.targets[name])
+            loss = self._frozen[name].loss(self._prefix(name, copy), batch.targets[name]).to(self._device)
             backward(loss / len(self._frozen))
             losses[name] = loss.detach()
         latents.backward(copy.grad)  # scaled already, by the two calls above
@@ -146,11 +146,18 @@ class PairWorkload:
         with self._autocast():
             return self._wire.encode(source)
 
-    def _loss(self, name: str, latents: Tensor, target: TargetBatch) -> Tensor:
-        """Mean cross-entropy of one model over the target tokens."""
+    def _losses(self, latents: Tensor, batch: PairBatch) -> dict[str, Tensor]:
+        """Of both models. Each has its prefix before one begins: a copy waits for all that its GPU was given before."""
+        prefixes = {name: self._prefix(name, latents) for name in self._frozen}
+        return {
+            name: frozen.loss(prefixes[name], batch.targets[name]).to(self._device)
+            for name, frozen in self._frozen.items()
+        }
+
+    def _prefix(self, name: str, latents: Tensor) -> Tensor:
+        """Where the model begins."""
         with self._autocast():
-            prefix = self._wire.prefix(name, latents)
-        return self._frozen[name].loss(prefix, target)
+            return self._wire.prefix(name, latents).to(self._frozen[name].devices[0])
 
     def _autocast(self) -> contextlib.AbstractContextManager[None]:
         """For the wire, whose weights are float32; the frozen models are in the compute dtype already."""
