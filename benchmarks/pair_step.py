@@ -42,11 +42,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = []
         for way in ways(device):
-            rows.append(measure(options, Path(folder), device, *way))
+            try:
+                rows.append(measure(options, Path(folder), device, *way))
+            except torch.OutOfMemoryError:
+                print(f"| {way[0]} | out of memory |{' - |' * 5}", flush=True)
             gc.collect()  # or the next pair finds no room
             torch.cuda.empty_cache()
     if device.type == "cuda":
-        rows.append(limit(options.batch * rows[0]["flops_per_sample"]))
+        rows.append(limit(options.batch * rows[-1]["flops_per_sample"]))
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(rows, indent=1))
 

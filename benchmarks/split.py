@@ -1,6 +1,6 @@
-"""One replica of the pair over several GPUs: each model alone, both at once, and both on one GPU.
+"""One replica over several GPUs: each model alone, and both, on one GPU and on more.
 
-``python benchmarks/split.py [--shape tiny|full] [--micro-batch 16]``
+``python benchmarks/split.py [--shape tiny|full] [--micro-batch 32]``
 """
 
 from __future__ import annotations
@@ -15,70 +15,77 @@ import torch
 from pair_parts import batch_of, build, gradient_digest, on_devices, seconds_of
 
 from latentwire.train.precision import make_repeatable
+from latentwire.train.ranks import Ranks
+from latentwire.train.reduction import Reduction
+from latentwire.train.side_streams import SideStreams
 from latentwire.workloads.pair import PairWorkload
 from latentwire.workloads.pair.batch import PairBatch
 
 Devices: TypeAlias = dict[str, tuple[torch.device, ...]]
+IN_A_ROW = 4
+"""Micro-batches of a rank in a step."""
 
 
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description="The models of one replica over several GPUs.")
     parser.add_argument("--shape", choices=("tiny", "full"), default="tiny")
-    parser.add_argument("--micro-batch", type=int, default=16)
+    parser.add_argument("--micro-batch", type=int, default=32)
     parser.add_argument("--target-tokens", type=int, default=96)
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
     on_gpu = torch.cuda.is_available()
     make_repeatable(torch.get_num_threads(), deterministic=True)
-    print(
-        "| layout | llama alone (ms) | qwen alone (ms) | both (ms) | samples/s | gradient |\n|---|---|---|---|---|---|"
-    )
+    print(f"| models | micro-batch (ms) | samples/s | gradient |\n|{'---|' * 4}")
     for name, devices in layouts(torch.cuda.device_count() if on_gpu else 1, "cuda" if on_gpu else "cpu"):
-        with tempfile.TemporaryDirectory() as folder:
-            first = next(iter(devices.values()))[0]
-            workload = build(Path(folder), options.shape, first, devices=devices, compile=on_gpu)
-        batch = on_devices(workload, batch_of(workload, options.micro_batch, options.target_tokens))
-        parts = [seconds_of(warmed(of_one(workload, batch, model)), options.rounds) for model in workload._frozen]
-        both = seconds_of(warmed(of_both(workload, batch)), options.rounds)
-        workload.trainable.zero_grad()
-        of_both(workload, batch)()
-        print(
-            f"| {name} | {parts[0] * 1e3:.1f} | {parts[1] * 1e3:.1f} | {both * 1e3:.1f} "
-            f"| {options.micro_batch / both:.1f} | {gradient_digest(workload.trainable)} |",
-            flush=True,
-        )
-        del workload, batch
+        measure(options, name, devices)
         if on_gpu:
             torch.cuda.empty_cache()
 
 
 def layouts(num_devices: int, kind: str) -> Iterator[tuple[str, Devices]]:
-    """Those that so many devices allow."""
+    """Those that so many devices allow; a model that is not named takes no part."""
     at = [torch.device(kind, index) if kind == "cuda" else torch.device(kind) for index in range(max(num_devices, 1))]
+    yield "Llama on one", {"llama": (at[0],)}
+    yield "Qwen on one", {"qwen": (at[0],)}
     yield "both on one", {"llama": (at[0],), "qwen": (at[0],)}
     if num_devices >= 2:
-        yield "Llama | Qwen", {"llama": (at[0],), "qwen": (at[1],)}
-        yield "Llama over two, Qwen beside", {"llama": (at[0], at[1]), "qwen": (at[1],)}
+        yield "Llama, Qwen on one each", {"llama": (at[0],), "qwen": (at[1],)}
+        yield "Llama over two", {"llama": (at[0], at[1])}
     if num_devices >= 3:
-        yield "Llama over two | Qwen", {"llama": (at[0], at[1]), "qwen": (at[2],)}
+        yield "Llama over two, Qwen on a third", {"llama": (at[0], at[1]), "qwen": (at[2],)}
     if num_devices >= 4:
-        yield "Llama over two | Qwen over two", {"llama": (at[0], at[1]), "qwen": (at[2], at[3])}
+        yield "Llama over two, Qwen over two", {"llama": (at[0], at[1]), "qwen": (at[2], at[3])}
 
 
-def of_one(workload: PairWorkload, batch: PairBatch, name: str) -> Callable[[], None]:
-    """A step of one model with the wire before it."""
+def measure(options: argparse.Namespace, name: str, devices: Devices) -> None:
+    """Print a layout's row."""
+    first = next(iter(devices.values()))[0]
+    with tempfile.TemporaryDirectory() as folder:
+        workload = build(Path(folder), options.shape, first, devices=devices, compile=first.type == "cuda")
+    for absent in set(workload._frozen) - set(devices):
+        del workload._frozen[absent]
+    batch = on_devices(workload, batch_of(workload, options.micro_batch, options.target_tokens))
+    each = list(dict.fromkeys(device for of_model in devices.values() for device in of_model))
+    seconds = seconds_of(warmed(step_of(workload, batch, SideStreams(each))), options.rounds) / IN_A_ROW
+    digest = gradient_digest(workload.trainable)
+    print(f"| {name} | {seconds * 1e3:.1f} | {options.micro_batch / seconds:.1f} | {digest} |", flush=True)
+
+
+def step_of(workload: PairWorkload, batch: PairBatch, streams: SideStreams) -> Callable[[], None]:
+    """Some micro-batches in a row, as the training loop makes them."""
+    reduction = Reduction(workload.trainable.parameters(), Ranks(device=workload._device), IN_A_ROW)
 
     def step() -> None:
-        latents = workload._encode(batch.source)
-        workload._frozen[name].loss(workload._prefix(name, latents), batch.targets[name]).backward()
+        workload.trainable.zero_grad()
+        for index in range(IN_A_ROW):
+            reduction.begin(index)
+            with streams.entered():
+                workload.step(batch, lambda loss: reduction.backward(loss / IN_A_ROW))
+            reduction.end()
+        reduction.finish()
 
     return step
-
-
-def of_both(workload: PairWorkload, batch: PairBatch) -> Callable[[], None]:
-    """A step as the training loop makes it."""
-    return lambda: workload.step(batch, lambda loss: loss.backward()) and None
 
 
 def warmed(step: Callable[[], None]) -> Callable[[], None]:

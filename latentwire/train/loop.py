@@ -101,6 +101,7 @@ class Training:
             micro_batch=self.micro_batch,
             collate=self.workload.collate,
         )
+        self.share.lay_over(self.devices)
 
     def run(self) -> None:
         """Resume and train to the last step."""

@@ -24,26 +24,30 @@ def seed_everything(seed: int) -> None:
 
 
 def capture() -> dict[str, Any]:
-    """The state of all four: plain values and CPU tensors."""
+    """The state of all four: plain values and CPU tensors. Of the GPUs the present one's, which stands for all.
+
+    Not each GPU's: how many a process sees would be part of the state, and the same step would have other bits.
+    """
     version, internal, gauss = random.getstate()
     name, keys, position, has_gauss, cached = numpy.random.get_state(legacy=True)
     return {
         "python": [version, list(internal), gauss],
         "numpy": [name, numpy.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
     }
 
 
 def restore(state: dict[str, Any]) -> None:
-    """Set all four. A GPU that was not there at the capture keeps its own state."""
+    """Set all four, every GPU alike. GPUs keep their state where the capture was made without one."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
     numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"])
-    for device, cuda_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(cuda_state, device)
+    if state["cuda"] is not None:
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.set_rng_state(state["cuda"], device)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +14,7 @@ from latentwire.train import randomness
 from latentwire.train.feed import Feed
 from latentwire.train.order import derive_seed
 from latentwire.train.reduction import Reduction
+from latentwire.train.side_streams import SideStreams
 
 if TYPE_CHECKING:
     from latentwire.train.session import Session
@@ -37,9 +38,14 @@ class Share:
         """Safe points that every rank passes in a step."""
         self._session = session
         self._reduction = Reduction(parameters, ranks, self.num_micro_batches, session.config.elastic.exact)
+        self._streams = SideStreams(())
         self._batches: Iterator[Any] | None = None
         self._next_step = 0
         self._is_reduced = True
+
+    def lay_over(self, devices: Sequence[torch.device]) -> None:
+        """Compute micro-batches over these GPUs, on streams of their own. Called before the first."""
+        self._streams = SideStreams(devices)
 
     def __iter__(self) -> Iterator[Any]:
         """This rank's micro-batches of the present step; on some ranks possibly none. Every rank.
@@ -64,7 +70,7 @@ class Share:
                 batch = next(self._batches)
             randomness.seed_everything(derive_seed(session.config.seed, "step", session.step, self.index))
             self._reduction.begin(self.index)
-            with session.clock("forward_backward"):
+            with session.clock("forward_backward"), self._streams.entered():
                 yield batch
             self._reduction.end()
         # from here to the next micro-batch the same on every rank
@@ -97,7 +103,8 @@ class Share:
     def rehearsal(self) -> Iterator[None]:
         """Inside, one micro-batch may be computed whose gradients the caller throws away."""
         self._reduction.begin(None)
-        yield
+        with self._streams.entered():
+            yield
         self._reduction.end()
 
     def close(self) -> None:
