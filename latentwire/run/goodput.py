@@ -14,6 +14,7 @@ from typing import Any
 
 from latentwire.run.budget import Verdict, verdict_of
 from latentwire.run.directory import Attempt, Run
+from latentwire.run.figures import number, whole
 from latentwire.run.journal import newest_first, time_of
 
 KINDS = (
@@ -187,7 +188,7 @@ class _Told:
         self._events = [e for e in attempt.events() if e["writer"] in ("agent", "rank0")]
         self.num_gpus = _num_gpus(attempt)
         last = attempt.last_step()
-        self.last_step = last["step"] if isinstance(last.get("step"), int) else 0
+        self.last_step = whole(last.get("step"), 0)
         self.last_life_s = max(_claimed(attempt), time_of(last), self._last_sign_of_life())
         ended = attempt.ended()
         self._end_s = time_of(ended) if ended is not None else self._last_write_s(attempt)
@@ -208,16 +209,16 @@ class _Told:
 
     def _take(self, event: dict[str, Any]) -> None:
         name, at = event.get("event"), time_of(event)
-        began = at - _number(event.get("seconds"))
+        began = at - (number(event.get("seconds")) or 0.0)
         if self._painter.kind == "draining":
             return  # what follows a notice belongs to it
         if name in ("notice", "draining"):
-            self._turn(_number(event.get("received")) or at, "draining", self._noticed_for)
+            self._turn(number(event.get("received")) or at, "draining", self._noticed_for)
         elif name in ("workload_built", "restored"):
             self._turn(began, "loading" if name == "workload_built" else "restoring")
             self._turn(at, "starting")
         elif name == "training_started":
-            self._working = "redoing" if _whole(event.get("step")) < self._most_steps else "training"
+            self._working = "redoing" if whole(event.get("step"), 0) < self._most_steps else "training"
             self._turn(at, self._working)
         elif name == "caught_up":
             self._working = "training"
@@ -238,7 +239,7 @@ class _Told:
     def _events_in_order(self) -> list[dict[str, Any]]:
         """All events, and when the attempt had done again what an earlier one had lost."""
         started = next((e for e in self._events if e.get("event") == "training_started"), {})
-        if _whole(started.get("step")) >= self._most_steps:
+        if whole(started.get("step"), 0) >= self._most_steps:
             return self._events
         at = self._attempt.reached_at(self._most_steps)
         caught_up = [] if at is None else [{"time": at, "event": "caught_up"}]
@@ -303,16 +304,8 @@ def _num_gpus(attempt: Attempt) -> int:
 
 
 def _claimed(attempt: Attempt) -> float:
-    return _number(attempt.record().get("claimed")) or min(map(time_of, attempt.events()), default=0.0)
+    return number(attempt.record().get("claimed")) or min(map(time_of, attempt.events()), default=0.0)
 
 
 def _ms(seconds: float) -> int:
     return round(seconds * 1000)
-
-
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else 0.0
-
-
-def _whole(value: Any) -> int:
-    return value if isinstance(value, int) else 0

@@ -234,6 +234,17 @@ def test_foreign_lines_upset_nothing(run: Run) -> None:
     account(run)
 
 
+@pytest.mark.parametrize("figure", ["NaN", "-Infinity", "1e309", "true", "null"])
+def test_a_figure_that_is_none_takes_no_time(run: Run, figure: str) -> None:
+    """JSON has no NaN; Python reads it all the same."""
+    attempt = trained(run, 0, 0, 5)
+    with open(attempt.path / "events.rank0.jsonl", "a", encoding="utf-8") as file:
+        file.write(f'{{"event": "save_staged", "time": {NOW + 22}, "seconds": {figure}}}\n')
+        file.write(f'{{"event": "notice", "time": {NOW + 23}, "received": {figure}}}\n')
+    agent(attempt, "attempt_ended", 24, outcome="preempted")
+    assert story(account(run, now=24))[4:] == [("training", 5), ("training", 1), ("draining", 1)]
+
+
 NAMES = (
     "workload_built", "restored", "training_started", "evaluation_started", "evaluation_finished", "save_staged",
     "notice", "draining", "training_finished", "attempt_ended", "hang", "anything",
