@@ -125,7 +125,7 @@ def ledger_of(run: Run, now: float, alive: bool) -> Ledger:
     Args:
         run: the run; a ``SeenRun`` where more is asked of it, so that its files are read once.
         now: seconds since the epoch.
-        alive: whether its newest attempt runs (``latentwire.run.status.is_alive``).
+        alive: whether its newest attempt runs; who does not know asks ``latentwire.run.status.account_of``.
     """
     attempts = run.attempts()
     own = run.own_events()

@@ -13,7 +13,7 @@ from typing import Any
 from latentwire.run.budget import verdict_of
 from latentwire.run.directory import Attempt, Run
 from latentwire.run.figures import number, whole
-from latentwire.run.goodput import ledger_of
+from latentwire.run.goodput import Ledger, ledger_of
 from latentwire.run.journal import time_of
 from latentwire.run.seen import SeenRun
 from latentwire.run.telling import tell_hang
@@ -121,6 +121,11 @@ def status_of(run: SeenRun, now: float) -> RunStatus:
         goodput=ledger_of(run, now, alive).goodput,
         weights_sha256=facts.weights_sha256 if state == "DONE" else None,
     )
+
+
+def account_of(run: Run, now: float) -> Ledger:
+    """Where a run's time went until now; of a ``SeenRun`` each file is read once."""
+    return ledger_of(run, now, is_running(run, now))
 
 
 def is_running(run: Run, now: float) -> bool:
