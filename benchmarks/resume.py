@@ -108,7 +108,7 @@ def start(run: Run, until: str) -> dict[str, float]:
             while not [e for e in events(attempt) if e["event"] == until]:
                 look_again(process)
             return {}
-        while not (steps := [r for r in read_journal(attempt.path / "metrics.jsonl") if "loss" in r]):
+        while not (steps := [r for r in read_journal(attempt.metrics_path) if "loss" in r]):
             look_again(process)
         return parts(started, events(attempt), steps[0])
     finally:

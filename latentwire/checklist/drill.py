@@ -286,7 +286,7 @@ def _names(attempt: Attempt) -> list[str]:
 
 
 def _steps(attempt: Attempt) -> list[dict[str, Any]]:
-    return [r for r in read_journal(attempt.path / "metrics.jsonl") if "loss" in r]
+    return [r for r in read_journal(attempt.metrics_path) if "loss" in r]
 
 
 def _restored(attempt: Attempt) -> int:

@@ -15,7 +15,6 @@ import dataclasses
 import operator
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -200,7 +199,7 @@ class _Pieces:
         first_void = self._look_for_attempts()
         while self._index < len(self.stretches):
             stretch = self.stretches[self._index]
-            path = _metrics(stretch.attempt)
+            path = stretch.attempt.metrics_path
             if self._follower is None or self._follower.path != path:
                 self._follower = Follower(path)
             lines = self._follower.read_lines(_PIECE_BYTES)
@@ -216,7 +215,7 @@ class _Pieces:
         newest = self.stretches[-1].attempt.number if self.stretches else 0
         first_void = None
         for attempt in self._run.attempts():
-            first = _first(read_journal(_metrics(attempt))) if attempt.number > newest else None
+            first = _first(read_journal(attempt.metrics_path)) if attempt.number > newest else None
             if first is not None:
                 first_void = _earlier(first_void, self._lay(attempt, first))
         return first_void
@@ -225,7 +224,7 @@ class _Pieces:
         known = self.stretches
         if known:
             newest = known[-1]
-            reached = _first(newest_first(_metrics(newest.attempt)))
+            reached = _first(newest_first(newest.attempt.metrics_path))
             end = max(newest.begin, -1 if reached is None else reached) + 1
             known = [*known[:-1], *_clipped([newest], 0, end), *_clipped(self._hidden, end, _OPEN)]
         self.stretches = [*_clipped(known, 0, first), Stretch(attempt, first)]
@@ -249,10 +248,6 @@ def merged_metrics(run: Run) -> Iterator[dict[str, Any]]:
     curve = Curve(run)
     while records := curve.read()[0]:
         yield from records
-
-
-def _metrics(attempt: Attempt) -> Path:
-    return attempt.path / "metrics.jsonl"
 
 
 def _first(records: Iterable[dict[str, Any]]) -> int | None:

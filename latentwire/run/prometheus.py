@@ -76,7 +76,7 @@ class Scrape:
         nodes: dict[str, Mapping[str, Any]] = {}
         for attempt in run.attempts()[-1:]:
             for key in ("eval/loss", "loss"):
-                metrics |= last_record(attempt.path / "metrics.jsonl", key) or {}
+                metrics |= last_record(attempt.metrics_path, key) or {}
             if status.state in _ALIVE:
                 for path in (attempt.path / _STATS, *attempt.path.glob("gpu_stats.node*.jsonl")):
                     if path.name.endswith((".old.jsonl", ".thin.jsonl")):

@@ -67,7 +67,7 @@ def hostile(runs_dir: Path) -> Run:
     ]
     (attempt.path / "events.agent.jsonl").write_text("".join(json.dumps(event) + "\n" for event in told) + '{"time": 1')
     lines = [{"time": future, "step": step, "loss": loss} for step, loss in enumerate([2.0, "NaN", 1.0], start=1)]
-    (attempt.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo')
+    attempt.metrics_path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo')
     gpus = [{"index": MARK, "uuid": "a", "utilisation_percent": 7}]
     stats = [{"time": time.time() + i, "gpus": gpus} for i in range(5)]
     (attempt.path / "gpu_stats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in stats))

@@ -118,11 +118,11 @@ def test_a_chart_that_is_extended_shows_the_one_curve(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     view, chart = CurveView(run), Chart()
     chart.take(view.read())
-    one = run.claim_attempt("1", "local").path / "metrics.jsonl"
+    one = run.claim_attempt("1", "local").metrics_path
     for first in range(1, 101, 10):
         append(one, first, first + 9, 1)
         chart.take(view.read())
-    two = run.claim_attempt("2", "local").path / "metrics.jsonl"
+    two = run.claim_attempt("2", "local").metrics_path
     append(two, 61, 62, 2)
     with two.open("a") as file:
         file.write('{"time": 1, "step": 63, "lo')  # the writer is killed in mid-line
@@ -144,7 +144,7 @@ def test_a_long_curve_is_shown_by_a_glimpse_and_then_whole(tmp_path: Path, monke
     monkeypatch.setattr("latentwire.views.curve._LARGE_BYTES", 1000)
     run = make_run(tmp_path)
     for number, (first, last) in enumerate([(1, 3000), (2001, 6000)], start=1):
-        append(run.claim_attempt(str(number), "local").path / "metrics.jsonl", first, last, number)
+        append(run.claim_attempt(str(number), "local").metrics_path, first, last, number)
     view, chart = CurveView(run), Chart()
     assert view.is_behind
     chart.take(view.read())
@@ -194,7 +194,7 @@ def test_foreign_events_upset_neither_page(tmp_path: Path) -> None:
     for path in (attempt.path / "events.agent.jsonl", attempt.path / "events.rank0.jsonl", bad.orchestrator_events):
         path.write_text(lines)
     (attempt.path / "attempt.json").write_text("[1, 2]")
-    (attempt.path / "metrics.jsonl").write_text('{"step": "x", "loss": {}}\n{"step": 5, "loss": []}\n')
+    attempt.metrics_path.write_text('{"step": "x", "loss": {}}\n{"step": 5, "loss": []}\n')
     (bad.path / "checkpoints" / "step-00000004").mkdir(parents=True)
     (bad.path / "checkpoints" / "step-00000004" / "manifest.json").write_text("{")
     page = RunPage(bad)

@@ -163,7 +163,7 @@ def wait_for_event(attempt: Attempt, name: str, writer: str = "rank0", number: i
 
 def trained_steps(attempt: Attempt) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl that belong to training steps."""
-    return [r for r in read_journal(attempt.path / "metrics.jsonl") if "loss" in r]
+    return [r for r in read_journal(attempt.metrics_path) if "loss" in r]
 
 
 def wait_for_steps(attempt: Attempt, number: int) -> None:

@@ -52,7 +52,7 @@ def test_every_step_has_its_line_of_metrics(calm: Run) -> None:
     wanted |= {"data_s", "forward_backward_s", "optimizer_s", "save_s"}
     assert all(wanted <= set(record) for record in steps)
     assert any(record["save_s"] > 0 for record in steps)
-    evaluations = [r for r in read_journal(attempt.path / "metrics.jsonl") if "eval/loss" in r]
+    evaluations = [r for r in read_journal(attempt.metrics_path) if "eval/loss" in r]
     assert [r["step"] for r in evaluations] == [6, 12, 18, 20]
 
 

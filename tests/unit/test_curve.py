@@ -24,7 +24,7 @@ def run(tmp_path: Path) -> Run:
 def train(run: Run, *steps: int | str, attempt: Attempt | None = None) -> Attempt:
     """An attempt, new or given, that writes these steps; ``"6e"`` is the evaluation after step 6."""
     attempt = attempt or run.claim_attempt("1", "local")
-    journal = Journal(attempt.path / "metrics.jsonl", clock=lambda: 1.0)
+    journal = Journal(attempt.metrics_path, clock=lambda: 1.0)
     for step in steps:
         if isinstance(step, str):
             journal.record(step=int(step[:-1]), **{"eval/loss": float(attempt.number)})
@@ -138,9 +138,9 @@ FOREIGN += [b'{"step": -3, "loss": 1}', b"\xff\xfe", b'{"step": 2.5}', b'{"step"
 def test_foreign_and_half_written_lines_are_passed_over(run: Run) -> None:
     for number in (1, 2):
         attempt = run.claim_attempt("1", "local")
-        (attempt.path / "metrics.jsonl").write_bytes(b"\n".join(FOREIGN))
+        attempt.metrics_path.write_bytes(b"\n".join(FOREIGN))
         train(run, number, number + 1, attempt=attempt)
-        with open(attempt.path / "metrics.jsonl", "ab") as file:
+        with open(attempt.metrics_path, "ab") as file:
             file.write(b"\n".join([*FOREIGN, b'{"step": 3, "lo']))
     assert Copy(run).read() == [("1", 1), ("2", 2), ("3", 2)]
     columns = Columns(run, ("loss",))
@@ -153,7 +153,7 @@ def test_a_half_line_counts_when_it_is_whole(run: Run) -> None:
     copy, columns = Copy(run), Columns(run, ("loss",))
     line = b'{"step": 2, "loss": "nan"}\n'
     for part, expected in ((line[:11], 1), (line[11:], 2)):
-        with open(attempt.path / "metrics.jsonl", "ab") as file:
+        with open(attempt.metrics_path, "ab") as file:
             file.write(part)
         columns.grow()
         assert len(copy.read()) == len(columns.training) == expected
