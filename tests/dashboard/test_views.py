@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from running import make_run
 
 from latentwire.run.goodput import Ledger, Span
+from latentwire.views import run_page
 from latentwire.views.accounts import MAX_STRETCHES, timeline
 from latentwire.views.curve import NUM_STRETCHES, CurveView
 from latentwire.views.encoding import as_json
@@ -22,6 +23,7 @@ from latentwire.views.fleet_page import FleetPage
 from latentwire.views.gpus import GpuView
 from latentwire.views.run_page import RunPage
 from latentwire.views.thinning import Grid, extremes
+from latentwire.views.told import NUM_EVENTS
 
 VALUES = st.lists(st.floats(allow_nan=True, allow_infinity=True, width=32), max_size=400)
 
@@ -184,6 +186,35 @@ HOSTILE = [
     {"event": "attempt_ended", "outcome": ["finished"], "step": {}},
     {"event": "training_started", "step": None, "total_steps": "many"},
 ]
+
+
+def tell(path: Path, at: float, event: str, **fields: object) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps({"time": at, "event": event, **fields}) + "\n")
+
+
+def test_the_page_tells_what_all_writers_told_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for pause in ("_FOLD_EVERY_S", "_FOLD_SHARE"):
+        monkeypatch.setattr(run_page, pause, 0)
+    run = make_run(tmp_path)
+    tell(run.orchestrator_events, 1, "submitted", job_id="1")
+    first = run.claim_attempt("1", "local")
+    for at, writer in enumerate(("agent", "rank0", "rank1", "node1"), start=2):
+        tell(first.path / f"events.{writer}.jsonl", at, "notice", signal="SIGTERM")
+    tell(first.path / "events.rank0.jsonl", 6, "nobody has words for this")
+    tell(first.path / "events.agent.jsonl", 7, "attempt_ended", outcome="preempted")
+    page = RunPage(run)
+    page.read()
+    run.claim_attempt("2", "local")
+    tell(first.path / "events.node1.jsonl", 8, "save_failed", error="late")
+    told = page.read()["events"]
+    assert [(event["time"], event["writer"]) for event in told] == [
+        (8, "node1"), (7, "agent"), (5, "node1"), (4, "rank1"), (3, "rank0"), (2, "agent"), (1, "orchestrator")
+    ]  # fmt: skip
+    assert (told[0]["attempt"], told[0]["level"], told[-1]["attempt"]) == (1, "alarm", None)
+    for at in range(9, 9 + 2 * NUM_EVENTS):
+        tell(run.orchestrator_events, at, "submitted", job_id="2")
+    assert [event["time"] for event in page.read()["events"]] == list(range(8 + 2 * NUM_EVENTS, 8 + NUM_EVENTS, -1))
 
 
 def test_foreign_events_upset_neither_page(tmp_path: Path) -> None:
