@@ -134,6 +134,7 @@ ITEMS = (
         "The planner's footprints are exact for weights and kept activations, and every plan fits and covers the batch",
         _pytest(
             "tests/unit/test_planner.py",
+            "tests/unit/test_planner_laws.py",
             "tests/unit/test_footprint.py",
             "tests/train/test_pair_footprint.py",
             "tests/unit/test_cli_plan.py",
