@@ -139,11 +139,10 @@ def ledger_of(run: Run, now: float, alive: bool) -> Ledger:
     cause, most_steps = FIRST_START, 0
     for attempt, claimed, following in itertools.zip_longest(attempts, claims, attempts[1:]):
         told = _Told(attempt, most_steps, cause)
-        is_running = following is None and alive
-        told.paint(painter, claimed, None if is_running else verdict_of(attempt))
-        if is_running:
+        verdict = None if following is None and alive else verdict_of(attempt)
+        told.paint(painter, claimed, verdict)
+        if verdict is None:  # it runs
             break
-        verdict = verdict_of(attempt)
         cause = cause_of(verdict)
         most_steps = max(most_steps, told.last_step)
         again_here = verdict.outcome == "failed" and following is not None and _same_job(attempt, following)
