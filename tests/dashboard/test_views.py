@@ -113,7 +113,8 @@ class Chart:
 def append(path: Path, first: int, last: int, attempt: int) -> None:
     with path.open("a") as file:
         for step in range(first, last + 1):
-            file.write(json.dumps({"time": time.time(), "step": step, "loss": step + attempt / 10, "lr": 0.1}) + "\n")
+            figures = {"step": step, "loss": step + attempt / 10, "lr": 0.1, "step_s": 1.0}
+            file.write(json.dumps({"time": time.time(), **figures}) + "\n")
 
 
 def test_a_chart_that_is_extended_shows_the_one_curve(tmp_path: Path) -> None:
@@ -131,7 +132,7 @@ def test_a_chart_that_is_extended_shows_the_one_curve(tmp_path: Path) -> None:
     chart.take(view.read())
     assert chart.points["loss"] == {step: step + (0.1 if step <= 60 else 0.2) for step in range(1, 63)}
     with two.open("a") as file:
-        file.write('\n{"time": 1, "step": 63, "loss": "NaN"}\n["foreign"]\n')
+        file.write('\n{"time": 1, "step": 63, "loss": "NaN", "step_s": 1.0}\n["foreign"]\n')
     append(two, 64, 80, 2)
     chart.take(view.read())
     assert chart.points["loss"][63] is None

@@ -18,7 +18,7 @@ import yaml
 
 from latentwire.config import load_config
 from latentwire.run.atomic import write_text
-from latentwire.run.directory import Attempt, Run, create_run
+from latentwire.run.directory import Attempt, Run, create_run, is_step
 from latentwire.run.goodput import KINDS
 from latentwire.run.journal import read_journal
 from latentwire.run.status import account_of
@@ -163,7 +163,7 @@ def wait_for_event(attempt: Attempt, name: str, writer: str = "rank0", number: i
 
 def trained_steps(attempt: Attempt) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl that belong to training steps."""
-    return [r for r in read_journal(attempt.metrics_path) if "loss" in r]
+    return list(filter(is_step, read_journal(attempt.metrics_path)))
 
 
 def wait_for_steps(attempt: Attempt, number: int) -> None:

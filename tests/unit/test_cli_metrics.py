@@ -26,7 +26,7 @@ def points(text: str) -> Points:
 
 def add(run: Run, number: int, *steps: int) -> None:
     for step in steps:
-        append(run.attempts()[number - 1].metrics_path, json.dumps({"step": step, "loss": 1.0}) + "\n")
+        append(run.attempts()[number - 1].metrics_path, json.dumps({"step": step, "loss": 1.0, "step_s": 1.0}) + "\n")
 
 
 def test_the_curve_stands_once_over_all_attempts(home: Path) -> None:
