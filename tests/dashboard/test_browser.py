@@ -96,7 +96,7 @@ def test_nothing_from_a_file_becomes_part_of_the_page(browser: Browser, serve: S
     assert tab.page.evaluate("document.querySelectorAll('img').length") == 0
     attempt = run.attempts()[-1].path
     with (attempt / "metrics.jsonl").open("a") as file:
-        file.write('ss": 5}\n{"time": 1, "step": 5, "loss": 0.5, "step_s": 1.0}\n')
+        file.write('ss": 5, "step_s": 1.0}\n{"time": 1, "step": 5, "loss": 0.5, "step_s": 1.0}\n')
     tab.wait_for_text("5 steps")
     report = tmp_path / "report.html"
     write_report(run, report)
