@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 
 from latentwire.config import load_config
-from latentwire.run.directory import Attempt, Run, create_run
+from latentwire.run.directory import Attempt, Run, create_run, is_step
 from latentwire.run.journal import read_journal
 
 TOP = Path(__file__).parents[1]
@@ -108,7 +108,7 @@ def start(run: Run, until: str) -> dict[str, float]:
             while not [e for e in events(attempt) if e["event"] == until]:
                 look_again(process)
             return {}
-        while not (steps := [r for r in read_journal(attempt.path / "metrics.jsonl") if "loss" in r]):
+        while not (steps := list(filter(is_step, read_journal(attempt.metrics_path)))):
             look_again(process)
         return parts(started, events(attempt), steps[0])
     finally:

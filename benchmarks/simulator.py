@@ -16,9 +16,10 @@ from pathlib import Path
 from latentwire.checklist.disturb import DISTURBANCES
 from latentwire.checklist.drill import drill
 from latentwire.run.directory import Run, open_run
-from latentwire.run.goodput import KINDS, Ledger, ledger_of
+from latentwire.run.goodput import KINDS, Ledger
 from latentwire.run.history import costs_of, policy_of, windows_of
 from latentwire.run.simulation import Expected, simulate
+from latentwire.run.status import account_of
 
 
 def main() -> None:
@@ -33,10 +34,10 @@ def main() -> None:
 
 def _compare(calm: Run, disturbed: Run) -> None:
     now = time.time()
-    measured = ledger_of(disturbed, now, alive=False)
+    measured = account_of(disturbed, now)
     windows, policy = windows_of(measured, disturbed.config().preemption.grace_s), policy_of(disturbed)
     by_own = simulate(policy, costs_of(disturbed, measured), windows)
-    by_calm = simulate(policy, costs_of(calm, ledger_of(calm, now, alive=False)), windows)
+    by_calm = simulate(policy, costs_of(calm, account_of(calm, now)), windows)
     print(_table(measured, by_own, by_calm))
     goodput = measured.goodput
     assert goodput is not None

@@ -24,7 +24,7 @@ from latentwire.checklist.disturb import DISTURBANCES, Disturbance, Local, Place
 from latentwire.checklist.result import Result, Row, final_digests, other_hardware, table
 from latentwire.config import load_config
 from latentwire.errors import LatentWireError
-from latentwire.run.directory import PREFIX, Attempt, Run
+from latentwire.run.directory import PREFIX, Attempt, Run, is_step
 from latentwire.run.journal import read_journal
 from latentwire.run.status import run_status
 
@@ -286,7 +286,7 @@ def _names(attempt: Attempt) -> list[str]:
 
 
 def _steps(attempt: Attempt) -> list[dict[str, Any]]:
-    return [r for r in read_journal(attempt.path / "metrics.jsonl") if "loss" in r]
+    return list(filter(is_step, read_journal(attempt.metrics_path)))
 
 
 def _restored(attempt: Attempt) -> int:

@@ -35,7 +35,7 @@ def diagnose(
     opened = open_run(run, runs_dir)
     trained = [each for each in opened.attempts() if each.last_step()]
     chosen = trained[-1] if attempt is None and trained else find_attempt(opened, attempt)
-    found = diagnose_records(_samples(chosen), read_journal(chosen.path / "metrics.jsonl"))
+    found = diagnose_records(_samples(chosen), read_journal(chosen.metrics_path))
     if json:
         print(dumps([{"attempt": chosen.number, **asdict(finding)} for finding in found], indent=1))
         return

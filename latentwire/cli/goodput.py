@@ -12,7 +12,6 @@ from latentwire.cli.arguments import RunsDirOption
 from latentwire.cli.text import NOTHING, columns, duration, figure, nothing_in, one_line
 
 if TYPE_CHECKING:
-    from latentwire.run.directory import Run
     from latentwire.run.goodput import Ledger
 
 
@@ -29,9 +28,11 @@ def goodput(
     """
     from latentwire.run.directory import list_runs, open_run
     from latentwire.run.goodput import together
+    from latentwire.run.seen import SeenRun
+    from latentwire.run.status import account_of
 
     runs = list_runs(runs_dir) if run is None else [open_run(run, runs_dir)]
-    ledgers = {each.name: _ledger(each) for each in runs}
+    ledgers = {each.name: account_of(SeenRun(each), time.time()) for each in runs}
     total = together(ledgers.values())
     if json:
         _print_json(ledgers, total)
@@ -39,15 +40,6 @@ def goodput(
         print(one_line(nothing_in(runs_dir)))
     else:
         _print_table(ledgers, total)
-
-
-def _ledger(run: Run) -> Ledger:
-    from latentwire.run.goodput import ledger_of
-    from latentwire.run.seen import SeenRun
-    from latentwire.run.status import is_running
-
-    seen, now = SeenRun(run), time.time()
-    return ledger_of(seen, now, is_running(seen, now))
 
 
 def _print_json(ledgers: dict[str, Ledger], total: Ledger) -> None:

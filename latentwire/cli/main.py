@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 from latentwire.cli import status
@@ -15,7 +16,11 @@ from latentwire.errors import LatentWireError
 
 
 def main() -> None:
-    """Run the command line and exit: 0 done, 1 an error that was explained, 2 wrong usage, 130 after Ctrl-C."""
+    """Run the command line and exit.
+
+    0: done. 1: an error that was explained. 2: wrong usage. 130: after Ctrl-C. 141: the reader of its output, ``head``
+    say, had enough; so ends ``cat``, and a command that was cut short must not look like one that found all well.
+    """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal has no letters for is no failure
     try:
@@ -23,9 +28,9 @@ def main() -> None:
             _dispatch(sys.argv[1:])
         finally:
             sys.stdout.flush()
-    except BrokenPipeError:  # the reader, `head` say, has enough
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's own last flush
-        sys.exit(1)
+        sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         sys.exit(130)
     except (LatentWireError, OSError) as error:
@@ -39,4 +44,9 @@ def _dispatch(arguments: list[str]) -> None:
         return
     from latentwire.cli.app import app
 
-    app(arguments, prog_name="latentwire")
+    try:
+        app(arguments, prog_name="latentwire")
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # of which typer makes an exit with 1
+            raise end.__context__ from None
+        raise

@@ -56,14 +56,11 @@ def metrics(
 
 
 def _write(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    from latentwire.run.atomic import replacing
+
     refuse_no_file(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(aside, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with replacing(path, fsync=False) as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
 
 
 def track(

@@ -23,13 +23,12 @@ def prune(
     from latentwire.checkpoint.folder import CheckpointFolder
     from latentwire.checkpoint.reader import read_manifest
     from latentwire.run.directory import open_run
-    from latentwire.run.status import is_alive
+    from latentwire.run.status import is_running
 
     opened = open_run(run, runs_dir)
-    attempts = opened.attempts()
-    if attempts and attempts[-1].ended() is None and is_alive(attempts[-1], time.time()):
+    if is_running(opened, time.time()):
         raise RunBusy(f"{opened.name} is running and prunes by itself; to change how much: checkpoint.keep=N")
-    section = opened.config().checkpoint
+    attempts, section = opened.attempts(), opened.config().checkpoint
     folder = CheckpointFolder(
         opened.checkpoints,
         token=opened.newest_number(),

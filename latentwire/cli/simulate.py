@@ -18,7 +18,6 @@ from latentwire.cli.text import columns, duration, figure
 
 if TYPE_CHECKING:
     from latentwire.run.directory import Run
-    from latentwire.run.goodput import Ledger
     from latentwire.run.simulation import Costs, Expected, Policy, Window
 
     Trace = Callable[[], Iterable[Window]]
@@ -53,12 +52,14 @@ def simulate(
     from latentwire.errors import ConfigError
     from latentwire.run.directory import open_run
     from latentwire.run.history import costs_of, policy_of, read_trace, windows_of
+    from latentwire.run.seen import SeenRun
     from latentwire.run.simulation import windows
+    from latentwire.run.status import account_of
 
     if trace is not None and mtbf_h is not None:
         raise ConfigError("--trace or --mtbf-h, not both: either a trace is replayed, or preemptions are drawn")
     opened = open_run(run, runs_dir)
-    ledger, grace_s = _ledger(opened), opened.config().preemption.grace_s
+    ledger, grace_s = account_of(SeenRun(opened), time.time()), opened.config().preemption.grace_s
     costs, policy = costs_of(opened, ledger), policy_of(opened)
     own = windows_of(ledger, grace_s)
     traces: list[Trace]
@@ -86,21 +87,14 @@ def _is_done(run: Run) -> bool:
     return ended is not None and ended.get("outcome") == "finished"
 
 
-def _ledger(run: Run) -> Ledger:
-    from latentwire.run.goodput import ledger_of
-    from latentwire.run.seen import SeenRun
-    from latentwire.run.status import is_running
-
-    seen, now = SeenRun(run), time.time()
-    return ledger_of(seen, now, is_running(seen, now))
-
-
 def _windows_of_folder(path: Path) -> list[Window]:
     from latentwire.run.directory import open_run
     from latentwire.run.history import windows_of
+    from latentwire.run.seen import SeenRun
+    from latentwire.run.status import account_of
 
     run = open_run(str(path), path.parent)
-    return windows_of(_ledger(run), run.config().preemption.grace_s)
+    return windows_of(account_of(SeenRun(run), time.time()), run.config().preemption.grace_s)
 
 
 def _replay(policy: Policy, costs: Costs, traces: Sequence[Trace]) -> list[Expected]:

@@ -38,13 +38,11 @@ def timeline(
     """Show the course of a run: queued, started, restored, trained, preempted, and how long each took."""
     from latentwire.run.course import course_of
     from latentwire.run.directory import open_run
-    from latentwire.run.goodput import ledger_of
     from latentwire.run.seen import SeenRun
-    from latentwire.run.status import is_running
+    from latentwire.run.status import account_of
 
     seen, now = SeenRun(open_run(run, runs_dir)), time.time()
-    alive = is_running(seen, now)
-    entries = course_of(seen, ledger_of(seen, now, alive), now, whole=every)
+    entries = course_of(seen, account_of(seen, now), now, whole=every)
     if json:
         _print_json(entries)
     elif entries:

@@ -73,8 +73,8 @@ class Dashboard:
 
     async def run_page(self, request: Request) -> Response:
         """The empty page of a run."""
-        plotly = f'<link rel="preload" as="script" href="/static/plotly.min.js?{version("plotly")}">\n'
-        return _page(*SCRIPTS, "live.js", "run_live.js", before=plotly)
+        preload = f'<link rel="preload" as="script" href="/static/plotly.min.js?{version("plotly")}">\n'
+        return _page(*SCRIPTS, "live.js", "run_live.js", before=preload)
 
     async def fleet(self, request: Request) -> Response:
         """The stream of all runs."""

@@ -164,7 +164,7 @@ class _Redone:
         if number > self._attempt:
             self._attempt = number
             before = [a for a in self._run.attempts() if a.number < number][-1:]
-            records = [r for a in before for r in newest_first(a.path / "metrics.jsonl")]
+            records = [r for a in before for r in newest_first(a.metrics_path)]
             self._sent = {place_of(r): _loss(r) for r in records}
         sent = self._sent.get(place) if number == self._attempt else None
         if sent is not None and sent != _loss(record):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from latentwire.monitor.figures import Record
 from latentwire.monitor.vitals import Vitals
+from latentwire.run.directory import is_step
 
 if TYPE_CHECKING:
     from latentwire.config import AlertsSection
@@ -116,7 +117,7 @@ class Alerts:
         """Take in a line of ``gpu_stats.jsonl``, ``metrics.jsonl``, or the events of the agent or rank 0."""
         if "event" in record:
             self._vitals.event(record)
-        elif "step_s" in record:
+        elif is_step(record):
             self._vitals.step(record)
         else:
             self._vitals.sample(record)

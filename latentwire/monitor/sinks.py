@@ -7,6 +7,7 @@ input. A sink that fails is told of once and goes on being tried with every furt
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import json
 import os
@@ -93,7 +94,7 @@ class Sinks:
             sink.close(until)
 
 
-class _Sink:
+class _Sink(abc.ABC):
     """One of them, with a daemon thread that begins with the first message."""
 
     def __init__(self, name: str, failed: Callable[[str, str], None]) -> None:
@@ -123,11 +124,11 @@ class _Sink:
             self._waiting.put_nowait(None)
         self._give_up()
 
+    @abc.abstractmethod
     def _deliver(self, data: bytes) -> None:
         """Send one message; blocks, in the sink's thread. Raises NotSent."""
-        raise NotImplementedError
 
-    def _give_up(self) -> None:
+    def _give_up(self) -> None:  # noqa: B027
         """End what is under way, if that can be, and let nothing more begin."""
 
     def _deliver_all(self) -> None:

@@ -12,7 +12,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from latentwire.monitor.stats import (
     thin_part,
     throttled_s,
 )
+from latentwire.run.atomic import replacing
 from latentwire.run.figures import MAX_NUMBER
 from latentwire.run.journal import Journal
 
@@ -219,18 +219,8 @@ def _rounded(value: float) -> float:
 
 def _rewrite(path: Path, span_s: float, before_s: float) -> None:
     """Replace a file of thinned records by one whose records before ``before_s`` stand for ``span_s`` each."""
-    aside = path.with_name(f".{path.name}")
-    try:
-        with path.open("rb") as source, aside.open("w", encoding="utf-8") as target:
-            for record in _folded(records_of(source), span_s, before_s):
-                target.write(json.dumps(record) + "\n")
-            target.flush()
-            os.fsync(target.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        with suppress(OSError):  # the first error says more
-            aside.unlink(missing_ok=True)
-        raise
+    with path.open("rb") as source, replacing(path, alone=True) as target:
+        target.writelines(json.dumps(record) + "\n" for record in _folded(records_of(source), span_s, before_s))
 
 
 def _folded(records: Iterator[Record], span_s: float, before_s: float) -> Iterator[Record]:

@@ -124,7 +124,7 @@ def as_event(forecast: Forecast, measured: Measured) -> dict[str, Any]:
 def measured_before(run: Run) -> Measured | None:
     """What the last steps and saves took, over all attempts; None before the first of each. Reads their journals."""
     attempts = run.attempts()[::-1]
-    metrics = [attempt.path / "metrics.jsonl" for attempt in attempts]
+    metrics = [attempt.metrics_path for attempt in attempts]
     events = [attempt.path / "events.rank0.jsonl" for attempt in attempts]
     return Measured.of(_pace(metrics, "step_s"), _pace(metrics, "deaf_s"), _pace(events, "seconds", "save_committed"))
 

@@ -6,10 +6,10 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from latentwire.run.disk import naming
 
@@ -25,18 +25,33 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace ``path`` by ``text``, whole or not at all, durably."""
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    with naming(path), replacing(path) as file:
+        file.write(text)
+    fsync_directory(path.parent)
+
+
+@contextmanager
+def replacing(path: Path, fsync: bool = True, alone: bool = False) -> Iterator[TextIO]:
+    """Replace ``path`` by what the block writes, whole or not at all; if the block fails, nothing is left beside it.
+
+    Args:
+        path: the file. The new one is durable in its place once its folder is, see ``fsync_directory``.
+        fsync: whether the text has to be on the disk before it is in its place.
+        alone: whether there is one writer only, ever. It overwrites what it left aside when it was killed; of others
+            each writes a file of its own.
+    """
+    aside = path.with_name(f".{path.name}" if alone else f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        with naming(aside), open(aside, "x", encoding="utf-8") as file:
-            file.write(text)
+        with open(aside, "w" if alone else "x", encoding="utf-8") as file:
+            yield file
             file.flush()
-            os.fsync(file.fileno())
+            if fsync:
+                os.fsync(file.fileno())
         os.replace(aside, path)
     except BaseException:
         with suppress(OSError):  # the first error says more
             aside.unlink(missing_ok=True)
         raise
-    fsync_directory(path.parent)
 
 
 def json_safe(value: Any) -> Any:

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from latentwire.run import figures
 from latentwire.run.directory import Attempt
 from latentwire.run.goodput import Ledger, Span
 from latentwire.run.journal import time_of
@@ -169,10 +170,8 @@ class _Steps:
 
 def _first_step(attempt: Attempt) -> int:
     started = next((e for e in attempt.events() if e.get("event") == "training_started"), {})
-    step = started.get("step")
-    return step if isinstance(step, int) else 0
+    return figures.whole(started.get("step"), 0)
 
 
 def _last_step(attempt: Attempt) -> int:
-    step = attempt.last_step().get("step")
-    return step if isinstance(step, int) else 0
+    return figures.whole(attempt.last_step().get("step"), 0)

@@ -15,12 +15,11 @@ import dataclasses
 import operator
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from latentwire.run.directory import Attempt, Run
+from latentwire.run.directory import Attempt, Run, is_step
 from latentwire.run.journal import Follower, newest_first, parse_line, read_journal
 
 _PIECE_BYTES = 4 * 1024 * 1024
@@ -56,8 +55,8 @@ class Curve:
         """The next records in order of step, of some ten thousand at most; none: there is no more at present.
 
         Returns:
-            The records, a step's (with ``loss``) or an evaluation's, each with the ``attempt`` that it is from, and the
-            step from which on all that was returned by earlier calls is void; None where all of it stands.
+            The records, a step's (see ``is_step``) or an evaluation's, each with the ``attempt`` that it is from, and
+            the step from which on all that was returned by earlier calls is void; None where all of it stands.
         """
         records: list[dict[str, Any]] = []
         first_void: int | None = None
@@ -86,13 +85,15 @@ class Columns:
         evaluation_keys: what to take of each evaluation's line.
 
     Attributes:
-        training, evaluations: the figures so far.
+        training, evaluations: the figures so far; of the steps those with a loss, be it NaN.
     """
 
     def __init__(self, run: Run, keys: Sequence[str], evaluation_keys: Sequence[str] = ("eval/loss",)) -> None:
         self._pieces = _Pieces(run)
         self.training, self.evaluations = Table(keys), Table(evaluation_keys)
-        names = {key: f"k{number}" for number, key in enumerate(dict.fromkeys(["loss", *keys, *evaluation_keys]))}
+        names = {
+            key: f"k{number}" for number, key in enumerate(dict.fromkeys(["loss", "step_s", *keys, *evaluation_keys]))
+        }
         fields: list[tuple[str, Any, Any]] = [("step", int, msgspec.field())]
         fields += [(name, float | str | None, msgspec.field(name=key, default=None)) for key, name in names.items()]
         self._decoder = msgspec.json.Decoder(msgspec.defstruct("Line", fields, gc=False))  # only what is asked for
@@ -119,16 +120,17 @@ class Columns:
         return list(self._pieces.stretches)
 
     def _take(self, piece: _Piece) -> int | None:
-        loss = self._getters["loss"]
+        loss, step_s = self._getters["loss"], self._getters["step_s"]
         begin, end = piece.begin, piece.stretch.end
-        lines = [line for line in self._decoded(piece.lines) if begin <= 2 * line.step + (loss(line) is None) < end]
+        lines = [line for line in self._decoded(piece.lines) if begin <= 2 * line.step + (step_s(line) is None) < end]
         if not lines:
             return None
-        steps, evaluations = [r for r in lines if loss(r) is not None], [r for r in lines if loss(r) is None]
+        steps = [r for r in lines if step_s(r) is not None and loss(r) is not None]
+        evaluations = [r for r in lines if step_s(r) is None]
         for table, records in ((self.training, steps), (self.evaluations, evaluations)):
             table.append([r.step for r in records], {k: list(map(self._getters[k], records)) for k in table.columns})
         last = lines[-1]
-        self._pieces.given_up_to = max(self._pieces.given_up_to, 2 * last.step + (loss(last) is None) + 1)
+        self._pieces.given_up_to = max(self._pieces.given_up_to, 2 * last.step + (step_s(last) is None) + 1)
         return int(lines[0].step)
 
     def _decoded(self, lines: bytes) -> Iterable[Any]:
@@ -200,7 +202,7 @@ class _Pieces:
         first_void = self._look_for_attempts()
         while self._index < len(self.stretches):
             stretch = self.stretches[self._index]
-            path = _metrics(stretch.attempt)
+            path = stretch.attempt.metrics_path
             if self._follower is None or self._follower.path != path:
                 self._follower = Follower(path)
             lines = self._follower.read_lines(_PIECE_BYTES)
@@ -216,7 +218,7 @@ class _Pieces:
         newest = self.stretches[-1].attempt.number if self.stretches else 0
         first_void = None
         for attempt in self._run.attempts():
-            first = _first(read_journal(_metrics(attempt))) if attempt.number > newest else None
+            first = _first(read_journal(attempt.metrics_path)) if attempt.number > newest else None
             if first is not None:
                 first_void = _earlier(first_void, self._lay(attempt, first))
         return first_void
@@ -225,7 +227,7 @@ class _Pieces:
         known = self.stretches
         if known:
             newest = known[-1]
-            reached = _first(newest_first(_metrics(newest.attempt)))
+            reached = _first(newest_first(newest.attempt.metrics_path))
             end = max(newest.begin, -1 if reached is None else reached) + 1
             known = [*known[:-1], *_clipped([newest], 0, end), *_clipped(self._hidden, end, _OPEN)]
         self.stretches = [*_clipped(known, 0, first), Stretch(attempt, first)]
@@ -251,10 +253,6 @@ def merged_metrics(run: Run) -> Iterator[dict[str, Any]]:
         yield from records
 
 
-def _metrics(attempt: Attempt) -> Path:
-    return attempt.path / "metrics.jsonl"
-
-
 def _first(records: Iterable[dict[str, Any]]) -> int | None:
     return next((place for place in map(place_of, records) if place >= 0), None)
 
@@ -262,7 +260,7 @@ def _first(records: Iterable[dict[str, Any]]) -> int | None:
 def place_of(record: dict[str, Any]) -> int:
     """Where a record belongs on the curve; before its begin where it does not."""
     step = record.get("step")
-    return 2 * step + ("loss" not in record) if type(step) is int else -1
+    return 2 * step + (not is_step(record)) if type(step) is int else -1
 
 
 _decode_json: Callable[[bytes], Any] = msgspec.json.Decoder().decode

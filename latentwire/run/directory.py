@@ -36,7 +36,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -317,7 +317,7 @@ class Attempt:
 
         Empty before the first.
         """
-        steps = (record for record in newest_first(self.metrics_path) if "step_s" in record)
+        steps = filter(is_step, newest_first(self.metrics_path))
         recent = list(itertools.islice(steps, _RECENT_STEPS))
         return recent[0] | {"pace_s": _pace_s(recent)} if recent else {}
 
@@ -325,9 +325,14 @@ class Attempt:
         """When it had completed so many steps, unix seconds; of a long file only the lines up to there are read."""
         for record in read_journal(self.metrics_path):
             completed = record.get("step")
-            if "step_s" in record and isinstance(completed, int) and completed >= step:
+            if is_step(record) and isinstance(completed, int) and completed >= step:
                 return time_of(record)
         return None
+
+
+def is_step(record: Mapping[str, Any]) -> bool:
+    """Whether a line of metrics.jsonl is a step's. Its time always stands there, a loss only where a loop logs one."""
+    return record.get("step_s") is not None
 
 
 def _pace_s(recent: Sequence[dict[str, Any]]) -> Any:

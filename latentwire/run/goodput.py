@@ -14,6 +14,7 @@ from typing import Any
 
 from latentwire.run.budget import Verdict, verdict_of
 from latentwire.run.directory import Attempt, Run
+from latentwire.run.figures import number, whole
 from latentwire.run.journal import newest_first, time_of
 
 KINDS = (
@@ -124,7 +125,7 @@ def ledger_of(run: Run, now: float, alive: bool) -> Ledger:
     Args:
         run: the run; a ``SeenRun`` where more is asked of it, so that its files are read once.
         now: seconds since the epoch.
-        alive: whether its newest attempt runs (``latentwire.run.status.is_alive``).
+        alive: whether its newest attempt runs; who does not know asks ``latentwire.run.status.account_of``.
     """
     attempts = run.attempts()
     own = run.own_events()
@@ -138,11 +139,10 @@ def ledger_of(run: Run, now: float, alive: bool) -> Ledger:
     cause, most_steps = FIRST_START, 0
     for attempt, claimed, following in itertools.zip_longest(attempts, claims, attempts[1:]):
         told = _Told(attempt, most_steps, cause)
-        is_running = following is None and alive
-        told.paint(painter, claimed, None if is_running else verdict_of(attempt))
-        if is_running:
+        verdict = None if following is None and alive else verdict_of(attempt)
+        told.paint(painter, claimed, verdict)
+        if verdict is None:  # it runs
             break
-        verdict = verdict_of(attempt)
         cause = cause_of(verdict)
         most_steps = max(most_steps, told.last_step)
         again_here = verdict.outcome == "failed" and following is not None and _same_job(attempt, following)
@@ -187,7 +187,7 @@ class _Told:
         self._events = [e for e in attempt.events() if e["writer"] in ("agent", "rank0")]
         self.num_gpus = _num_gpus(attempt)
         last = attempt.last_step()
-        self.last_step = last["step"] if isinstance(last.get("step"), int) else 0
+        self.last_step = whole(last.get("step"), 0)
         self.last_life_s = max(_claimed(attempt), time_of(last), self._last_sign_of_life())
         ended = attempt.ended()
         self._end_s = time_of(ended) if ended is not None else self._last_write_s(attempt)
@@ -208,16 +208,16 @@ class _Told:
 
     def _take(self, event: dict[str, Any]) -> None:
         name, at = event.get("event"), time_of(event)
-        began = at - _number(event.get("seconds"))
+        began = at - (number(event.get("seconds")) or 0.0)
         if self._painter.kind == "draining":
             return  # what follows a notice belongs to it
         if name in ("notice", "draining"):
-            self._turn(_number(event.get("received")) or at, "draining", self._noticed_for)
+            self._turn(number(event.get("received")) or at, "draining", self._noticed_for)
         elif name in ("workload_built", "restored"):
             self._turn(began, "loading" if name == "workload_built" else "restoring")
             self._turn(at, "starting")
         elif name == "training_started":
-            self._working = "redoing" if _whole(event.get("step")) < self._most_steps else "training"
+            self._working = "redoing" if whole(event.get("step"), 0) < self._most_steps else "training"
             self._turn(at, self._working)
         elif name == "caught_up":
             self._working = "training"
@@ -238,7 +238,7 @@ class _Told:
     def _events_in_order(self) -> list[dict[str, Any]]:
         """All events, and when the attempt had done again what an earlier one had lost."""
         started = next((e for e in self._events if e.get("event") == "training_started"), {})
-        if _whole(started.get("step")) >= self._most_steps:
+        if whole(started.get("step"), 0) >= self._most_steps:
             return self._events
         at = self._attempt.reached_at(self._most_steps)
         caught_up = [] if at is None else [{"time": at, "event": "caught_up"}]
@@ -303,16 +303,8 @@ def _num_gpus(attempt: Attempt) -> int:
 
 
 def _claimed(attempt: Attempt) -> float:
-    return _number(attempt.record().get("claimed")) or min(map(time_of, attempt.events()), default=0.0)
+    return number(attempt.record().get("claimed")) or min(map(time_of, attempt.events()), default=0.0)
 
 
 def _ms(seconds: float) -> int:
     return round(seconds * 1000)
-
-
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else 0.0
-
-
-def _whole(value: Any) -> int:
-    return value if isinstance(value, int) else 0

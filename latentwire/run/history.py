@@ -56,7 +56,7 @@ def _step_times(run: Run) -> tuple[list[float], list[float]]:
     firsts_s: list[float] = []
     others_s: list[float] = []
     for attempt in run.attempts():
-        records = (number(r.get("step_s")) for r in read_journal(attempt.path / "metrics.jsonl"))
+        records = (number(r.get("step_s")) for r in read_journal(attempt.metrics_path))
         seconds = [each for each in records if each is not None]
         firsts_s += seconds[:1]
         others_s += seconds[1:]

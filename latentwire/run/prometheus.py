@@ -60,7 +60,8 @@ class Scrape:
 
     Attributes:
         status: folded from its files.
-        metrics: the last step's line of metrics.jsonl and the last evaluation's, over one another.
+        metrics: the last evaluation's line of metrics.jsonl, the last step's with a loss and the last step's, over one
+            another.
         nodes: of an attempt that runs, the monitors' newest lines by node: ``node0`` is the leader's.
     """
 
@@ -75,8 +76,8 @@ class Scrape:
         metrics: dict[str, Any] = {}
         nodes: dict[str, Mapping[str, Any]] = {}
         for attempt in run.attempts()[-1:]:
-            for key in ("eval/loss", "loss"):
-                metrics |= last_record(attempt.path / "metrics.jsonl", key) or {}
+            for key in ("eval/loss", "loss", "step_s"):
+                metrics |= last_record(attempt.metrics_path, key) or {}
             if status.state in _ALIVE:
                 for path in (attempt.path / _STATS, *attempt.path.glob("gpu_stats.node*.jsonl")):
                     if path.name.endswith((".old.jsonl", ".thin.jsonl")):

@@ -6,16 +6,17 @@ import math
 from typing import Any
 
 from latentwire.run.curve import merged_metrics
-from latentwire.run.directory import Run
+from latentwire.run.directory import Run, is_step
+from latentwire.run.figures import number
 
 
 def summarise_metrics(run: Run) -> dict[str, Any]:
     """The contents of runs/<run>/metrics.json: first and last figures, the best evaluation, totals."""
     summary: dict[str, Any] = {"attempts": len(run.attempts()), "steps": 0}
     for record in merged_metrics(run):
-        if "loss" in record:
+        if is_step(record):
             summary.setdefault("first", record)
-            spent_s = summary.get("step_s_total", 0.0) + record.get("step_s", 0.0)
+            spent_s = summary.get("step_s_total", 0.0) + (number(record["step_s"]) or 0.0)
             summary |= {"last": record, "steps": record["step"], "step_s_total": spent_s}
         if "eval/loss" in record:
             best = summary.get("best_evaluation")

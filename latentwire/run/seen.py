@@ -38,8 +38,8 @@ class SeenRun(Run):
         changed = before != (self._mark, self._marks, self._is_cancelled)
         new = self._follower.read()
         self._own_events += new
-        newest = max(self._attempts, default=0)
-        return any([changed, bool(new), *(each.look(each.number == newest) for each in self._attempts.values())])
+        recent = list(self._attempts)[-2:]
+        return any([changed, bool(new), *(each.look(each.number in recent) for each in self._attempts.values())])
 
     def _look_for_another(self) -> None:
         """Forget what was seen of a run, or of attempts, that are no longer those that were seen."""
@@ -65,7 +65,7 @@ class SeenRun(Run):
 
 
 class SeenAttempt(Attempt):
-    """What was seen of an attempt. Once it has ended with a word, and there is a newer one, its files are let be."""
+    """What was seen of an attempt. Once it has ended with a word, and there are two newer, its files are let be."""
 
     def __init__(self, run: Run, number: int) -> None:
         """Nothing is read yet."""
@@ -79,9 +79,9 @@ class SeenAttempt(Attempt):
         self._reached: dict[int, float | None] = {}
         self._end: dict[str, Any] | None = None
 
-    def look(self, is_newest: bool) -> bool:
+    def look(self, is_recent: bool) -> bool:
         """Read what was written since the last look; whether that was anything."""
-        if self._end is not None and not is_newest:  # the newest may yet say that it was requeued
+        if self._end is not None and not is_recent:  # else it may yet be requeued, or another node say its last word
             return False
         self._record = self._record or super().record()
         self._placement = self._placement or super().placement()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import time
 from collections.abc import Mapping
@@ -13,7 +12,8 @@ from typing import Any
 
 from latentwire.run.budget import verdict_of
 from latentwire.run.directory import Attempt, Run
-from latentwire.run.goodput import ledger_of
+from latentwire.run.figures import number, whole
+from latentwire.run.goodput import Ledger, ledger_of
 from latentwire.run.journal import time_of
 from latentwire.run.seen import SeenRun
 from latentwire.run.telling import tell_hang
@@ -114,13 +114,18 @@ def status_of(run: SeenRun, now: float) -> RunStatus:
         verified_at=facts.verified_at,
         job_id=newest.record().get("job_id") if newest else _submitted_job(run),
         reason=reason,
-        notice_needs_s=_number(forecast.get("needs_s")),
-        grace_s=_number(forecast.get("grace_s")),
+        notice_needs_s=number(forecast.get("needs_s")),
+        grace_s=number(forecast.get("grace_s")),
         warning=forecast.get("warning"),
         advice=forecast.get("advice"),
         goodput=ledger_of(run, now, alive).goodput,
         weights_sha256=facts.weights_sha256 if state == "DONE" else None,
     )
+
+
+def account_of(run: Run, now: float) -> Ledger:
+    """Where a run's time went until now; of a ``SeenRun`` each file is read once."""
+    return ledger_of(run, now, is_running(run, now))
 
 
 def is_running(run: Run, now: float) -> bool:
@@ -135,7 +140,7 @@ def is_alive(attempt: Attempt, now: float) -> bool:
     alive = agent.is_alive() if agent is not None else False
     if alive is not None:
         return alive
-    writes = [float(attempt.record().get("claimed", 0))]
+    writes = [number(attempt.record().get("claimed")) or 0.0]
     for name in ("gpu_stats.jsonl", "metrics.jsonl"):
         with contextlib.suppress(OSError):
             writes.append(os.stat(attempt.path / name).st_mtime)
@@ -182,17 +187,17 @@ class _Facts:
         record = attempt.last_step()
         if not record:
             return
-        self.step = _whole(record.get("step"), self.step)
-        self.loss = _number(record.get("loss", self.loss))
-        self.samples_per_s = _number(record.get("samples_per_s", self.samples_per_s))
-        self.pace_s = _number(record.get("pace_s"))
-        self.last_step_at = _number(record.get("time"))
+        self.step = whole(record.get("step"), self.step)
+        self.loss = number(record.get("loss", self.loss))
+        self.samples_per_s = number(record.get("samples_per_s", self.samples_per_s))
+        self.pace_s = number(record.get("pace_s"))
+        self.last_step_at = number(record.get("time"))
 
     def _take_event(self, event: dict[str, Any]) -> None:
         name = event.get("event")
         self.phase = _PHASES.get(str(name), self.phase)
         if name == "attempt_started":
-            self.last_step_at = _number(event.get("time"))
+            self.last_step_at = number(event.get("time"))
             self.samples_per_s = self.pace_s = None
             self.forecast = {}
             self.hang = None
@@ -206,18 +211,18 @@ class _Facts:
         elif name in ("hang", "hang_over"):
             self.hang = tell_hang(event) if name == "hang" else None
         if name in ("attempt_started", "training_started") and event.get("total_steps") is not None:
-            self.total_steps = _whole(event["total_steps"], self.total_steps or 0)
+            self.total_steps = whole(event["total_steps"], self.total_steps or 0)
         elif name == "restored":
-            self.step = _whole(event.get("step"), self.step)
+            self.step = whole(event.get("step"), self.step)
         elif name == "save_committed":
-            self.committed_step = _whole(event.get("step"), self.committed_step or 0)
+            self.committed_step = whole(event.get("step"), self.committed_step or 0)
             self.alarm = None
         elif name == "save_failed":
             self.alarm = f"the last save failed: {event.get('error')}"
         elif name == "save_verified":
-            self.verified_at = _number(event.get("time"))
+            self.verified_at = number(event.get("time"))
         elif name == "training_finished":
-            self.step = _whole(event.get("step"), self.step)
+            self.step = whole(event.get("step"), self.step)
             self.weights_sha256 = event.get("weights_sha256") or self.weights_sha256  # only rank 0 knows them
 
     def eta_s(self) -> float | None:
@@ -273,12 +278,3 @@ def _waiting_job(run: SeenRun) -> str | None:
 def _submitted_job(run: SeenRun) -> str | None:
     jobs = [r for r in run.own_events() if r.get("event") == "submitted"]
     return str(jobs[-1].get("job_id")) if jobs else None
-
-
-def _whole(value: Any, otherwise: int) -> int:
-    return value if isinstance(value, int) else otherwise
-
-
-def _number(value: Any) -> float | None:
-    """A finite number; NaN and the like stand as strings in journals and are no figure to show."""
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

@@ -10,7 +10,7 @@ import time
 from latentwire.errors import RunError, SchedulerError
 from latentwire.run.directory import Attempt, Run
 from latentwire.run.process import node_name
-from latentwire.run.status import is_alive, run_status
+from latentwire.run.status import is_running, run_status
 from latentwire.scheduler.jobs import list_jobs
 from latentwire.scheduler.slurm import signal_target
 
@@ -99,9 +99,7 @@ def _stop(run: Run) -> list[str]:
 
 def _running(run: Run) -> Attempt | None:
     """The newest attempt if it is alive."""
-    attempts = run.attempts()
-    alive = bool(attempts) and attempts[-1].ended() is None and is_alive(attempts[-1], time.time())
-    return attempts[-1] if alive else None
+    return run.attempts()[-1] if is_running(run, time.time()) else None
 
 
 def _needed(run: Run, verb: str) -> Attempt:

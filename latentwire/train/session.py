@@ -101,7 +101,7 @@ class Session:
         self._handler = handler
         self._state = TrainingState()
         self._journal = journal
-        self._metrics = Journal(attempt.path / "metrics.jsonl") if ranks.rank == 0 else None
+        self._metrics = Journal(attempt.metrics_path) if ranks.rank == 0 else None
         self._saving: Saving | None = None
         self._shares: list[Share] = []
         self._feeds = Feeds(config, ranks)

@@ -6,7 +6,6 @@ import contextlib
 import math
 import os
 from array import array
-from pathlib import Path
 from typing import Any
 
 from latentwire.run.curve import Columns, Table
@@ -103,7 +102,7 @@ def sampled_lines(run: Run, number: int) -> list[dict[str, Any]]:
 
 def _lines_at(attempt: Attempt, offsets: list[int]) -> list[dict[str, Any]]:
     lines = []
-    with contextlib.suppress(FileNotFoundError), open(_metrics(attempt), "rb") as file:
+    with contextlib.suppress(FileNotFoundError), open(attempt.metrics_path, "rb") as file:
         for offset in offsets:
             file.seek(offset)
             if offset:
@@ -114,13 +113,9 @@ def _lines_at(attempt: Attempt, offsets: list[int]) -> list[dict[str, Any]]:
     return lines
 
 
-def _metrics(attempt: Attempt) -> Path:
-    return attempt.path / "metrics.jsonl"
-
-
 def _size(attempt: Attempt) -> int:
     try:
-        return os.stat(_metrics(attempt)).st_size
+        return os.stat(attempt.metrics_path).st_size
     except OSError:
         return 0
 

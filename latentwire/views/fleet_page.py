@@ -108,11 +108,10 @@ def _row(run: SeenRun, now: float) -> Row:
     status = dataclasses.asdict(status_of(run, now))
     losses: list[float | None] = []
     gpu_percent = None
-    if status["attempt"]:
-        folder = run.path / "attempts" / f"{status['attempt']:04d}"
-        records = (r for r in newest_first(folder / "metrics.jsonl") if "loss" in r)
+    for newest in run.attempts()[-1:]:
+        records = (r for r in newest_first(newest.metrics_path) if "loss" in r)
         losses = [figure(r["loss"]) for r in itertools.islice(records, _NUM_LOSSES)][::-1]
-        gpu_percent = _busy(folder / "gpu_stats.jsonl") if status["phase"] else None
+        gpu_percent = _busy(newest.path / "gpu_stats.jsonl") if status["phase"] else None
     return {**status, "losses": losses, "gpu_percent": gpu_percent}
 
 

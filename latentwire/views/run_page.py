@@ -17,7 +17,7 @@ from latentwire.views.accounts import goodput, timeline
 from latentwire.views.checkpoints import CheckpointsView
 from latentwire.views.curve import CurveView
 from latentwire.views.gpus import GpuView
-from latentwire.views.told import EventsView, log_tail
+from latentwire.views.told import last_events, log_tail
 
 Sections = dict[str, Any]
 
@@ -46,7 +46,6 @@ class RunPage:
         self._curve = CurveView(self.run)
         self._gpus = GpuView(self.run)
         self._checkpoints = CheckpointsView(self.run)
-        self._events = EventsView(self.run)
         self._whole: Sections = {}
         self._next_fold = 0.0
 
@@ -68,16 +67,14 @@ class RunPage:
 
     def _read_on(self) -> Sections:
         changed = self._changed_whole()
-        curve = self._curve.read()
-        for name, message in (("events", self._events.read()), ("curve", curve), ("gpus", self._gpus.read())):
+        for name, message in (("curve", self._curve.read()), ("gpus", self._gpus.read())):
             if message is not None:
                 changed[name] = message
         return changed
 
     def snapshot(self) -> Sections:
         """All sections as of the last ``read``, for somebody who has none yet."""
-        more = {"events": self._events.snapshot(), "curve": self._curve.snapshot(), "gpus": self._gpus.snapshot()}
-        return {**self._whole, **more}
+        return {**self._whole, "curve": self._curve.snapshot(), "gpus": self._gpus.snapshot()}
 
     def _changed_whole(self) -> Sections:
         sections: Sections = {"checkpoints": self._checkpoints.read(), "log": self._log()}
@@ -101,6 +98,7 @@ class RunPage:
             "timeline": spans,
             "goodput": goodput(ledger),
             "attempts": [_attempt(a, spans, alive and a is attempts[-1]) for a in attempts],
+            "events": last_events(self._seen),
         }
 
     def _log(self) -> dict[str, Any]:

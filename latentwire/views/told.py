@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import collections
+import itertools
 import os
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from latentwire.run.directory import Attempt, Run
-from latentwire.run.journal import Follower, time_of
+from latentwire.run.directory import Attempt
+from latentwire.run.journal import time_of
+from latentwire.run.seen import SeenRun
 from latentwire.run.telling import tell
 
 NUM_EVENTS = 300
@@ -18,51 +17,25 @@ _LOG_LINES = 120
 _GRAVE = ("ALARM", "WARNING")
 
 
-class EventsView:
-    """Follows the journals of a run."""
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self._followers: dict[Path, Follower] = {}
-        self._closed: set[int] = set()
-        self._told: collections.deque[dict[str, Any]] = collections.deque(maxlen=NUM_EVENTS)
-
-    def read(self) -> list[dict[str, Any]] | None:
-        """The last events, the newest first; None where there are no new ones."""
-        new = sorted(self._new(), key=lambda told: told["time"])
-        if not new:
-            return None
-        self._told.extend(new)
-        return self.snapshot()
-
-    def snapshot(self) -> list[dict[str, Any]]:
-        """As of the last read."""
-        return sorted(self._told, key=lambda told: -told["time"])
-
-    def _new(self) -> Iterator[dict[str, Any]]:
-        yield from self._new_of(None, self._run.orchestrator_events)
-        attempts = self._run.attempts()
-        for attempt in attempts:
-            if attempt.number not in self._closed:
-                for path in attempt.event_files():
-                    yield from self._new_of(attempt.number, path)
-            if attempt not in attempts[-2:]:
-                self._closed.add(attempt.number)
-
-    def _new_of(self, attempt: int | None, path: Path) -> Iterator[dict[str, Any]]:
-        for event in self._followers.setdefault(path, Follower(path)).read():
-            words = tell(event)
-            if words is not None:
-                yield _told(event, words, attempt, path.name.split(".")[1])
+def last_events(run: SeenRun) -> list[dict[str, Any]]:
+    """What its writers told last, in words, the newest first; of those events that there are words for."""
+    events = [{"attempt": None, "writer": "orchestrator"} | event for event in run.own_events()]
+    for attempt in run.attempts():
+        events += attempt.events()
+    told = map(_told, sorted(events, key=time_of, reverse=True))
+    return list(itertools.islice(filter(None, told), NUM_EVENTS))
 
 
-def _told(event: dict[str, Any], words: str, attempt: int | None, writer: str) -> dict[str, Any]:
+def _told(event: dict[str, Any]) -> dict[str, Any] | None:
+    words = tell(event)
+    if words is None:
+        return None
     grave = next((word for word in _GRAVE if words.startswith(word)), None)
     return {
         "time": time_of(event),
         "event": str(event.get("event")),
-        "attempt": attempt,
-        "writer": writer,
+        "attempt": event["attempt"],
+        "writer": event["writer"],
         "text": words if grave is None else words.removeprefix(grave).strip(),
         "level": "" if grave is None else grave.lower(),
     }

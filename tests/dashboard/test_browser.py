@@ -66,8 +66,11 @@ def hostile(runs_dir: Path) -> Run:
         {"time": future, "event": "attempt_ended", "outcome": MARK, "cause": MARK, "error": MARK},
     ]
     (attempt.path / "events.agent.jsonl").write_text("".join(json.dumps(event) + "\n" for event in told) + '{"time": 1')
-    lines = [{"time": future, "step": step, "loss": loss} for step, loss in enumerate([2.0, "NaN", 1.0], start=1)]
-    (attempt.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo')
+    lines = [
+        {"time": future, "step": step, "loss": loss, "step_s": 1.0}
+        for step, loss in enumerate([2.0, "NaN", 1.0], start=1)
+    ]
+    attempt.metrics_path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo')
     gpus = [{"index": MARK, "uuid": "a", "utilisation_percent": 7}]
     stats = [{"time": time.time() + i, "gpus": gpus} for i in range(5)]
     (attempt.path / "gpu_stats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in stats))
@@ -93,7 +96,7 @@ def test_nothing_from_a_file_becomes_part_of_the_page(browser: Browser, serve: S
     assert tab.page.evaluate("document.querySelectorAll('img').length") == 0
     attempt = run.attempts()[-1].path
     with (attempt / "metrics.jsonl").open("a") as file:
-        file.write('ss": 5}\n{"time": 1, "step": 5, "loss": 0.5}\n')
+        file.write('ss": 5, "step_s": 1.0}\n{"time": 1, "step": 5, "loss": 0.5, "step_s": 1.0}\n')
     tab.wait_for_text("5 steps")
     report = tmp_path / "report.html"
     write_report(run, report)

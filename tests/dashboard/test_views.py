@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from running import make_run
 
 from latentwire.run.goodput import Ledger, Span
+from latentwire.views import run_page
 from latentwire.views.accounts import MAX_STRETCHES, timeline
 from latentwire.views.curve import NUM_STRETCHES, CurveView
 from latentwire.views.encoding import as_json
@@ -22,6 +23,7 @@ from latentwire.views.fleet_page import FleetPage
 from latentwire.views.gpus import GpuView
 from latentwire.views.run_page import RunPage
 from latentwire.views.thinning import Grid, extremes
+from latentwire.views.told import NUM_EVENTS
 
 VALUES = st.lists(st.floats(allow_nan=True, allow_infinity=True, width=32), max_size=400)
 
@@ -111,25 +113,26 @@ class Chart:
 def append(path: Path, first: int, last: int, attempt: int) -> None:
     with path.open("a") as file:
         for step in range(first, last + 1):
-            file.write(json.dumps({"time": time.time(), "step": step, "loss": step + attempt / 10, "lr": 0.1}) + "\n")
+            figures = {"step": step, "loss": step + attempt / 10, "lr": 0.1, "step_s": 1.0}
+            file.write(json.dumps({"time": time.time(), **figures}) + "\n")
 
 
 def test_a_chart_that_is_extended_shows_the_one_curve(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     view, chart = CurveView(run), Chart()
     chart.take(view.read())
-    one = run.claim_attempt("1", "local").path / "metrics.jsonl"
+    one = run.claim_attempt("1", "local").metrics_path
     for first in range(1, 101, 10):
         append(one, first, first + 9, 1)
         chart.take(view.read())
-    two = run.claim_attempt("2", "local").path / "metrics.jsonl"
+    two = run.claim_attempt("2", "local").metrics_path
     append(two, 61, 62, 2)
     with two.open("a") as file:
         file.write('{"time": 1, "step": 63, "lo')  # the writer is killed in mid-line
     chart.take(view.read())
     assert chart.points["loss"] == {step: step + (0.1 if step <= 60 else 0.2) for step in range(1, 63)}
     with two.open("a") as file:
-        file.write('\n{"time": 1, "step": 63, "loss": "NaN"}\n["foreign"]\n')
+        file.write('\n{"time": 1, "step": 63, "loss": "NaN", "step_s": 1.0}\n["foreign"]\n')
     append(two, 64, 80, 2)
     chart.take(view.read())
     assert chart.points["loss"][63] is None
@@ -144,7 +147,7 @@ def test_a_long_curve_is_shown_by_a_glimpse_and_then_whole(tmp_path: Path, monke
     monkeypatch.setattr("latentwire.views.curve._LARGE_BYTES", 1000)
     run = make_run(tmp_path)
     for number, (first, last) in enumerate([(1, 3000), (2001, 6000)], start=1):
-        append(run.claim_attempt(str(number), "local").path / "metrics.jsonl", first, last, number)
+        append(run.claim_attempt(str(number), "local").metrics_path, first, last, number)
     view, chart = CurveView(run), Chart()
     assert view.is_behind
     chart.take(view.read())
@@ -186,6 +189,35 @@ HOSTILE = [
 ]
 
 
+def tell(path: Path, at: float, event: str, **fields: object) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps({"time": at, "event": event, **fields}) + "\n")
+
+
+def test_the_page_tells_what_all_writers_told_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for pause in ("_FOLD_EVERY_S", "_FOLD_SHARE"):
+        monkeypatch.setattr(run_page, pause, 0)
+    run = make_run(tmp_path)
+    tell(run.orchestrator_events, 1, "submitted", job_id="1")
+    first = run.claim_attempt("1", "local")
+    for at, writer in enumerate(("agent", "rank0", "rank1", "node1"), start=2):
+        tell(first.path / f"events.{writer}.jsonl", at, "notice", signal="SIGTERM")
+    tell(first.path / "events.rank0.jsonl", 6, "nobody has words for this")
+    tell(first.path / "events.agent.jsonl", 7, "attempt_ended", outcome="preempted")
+    page = RunPage(run)
+    page.read()
+    run.claim_attempt("2", "local")
+    tell(first.path / "events.node1.jsonl", 8, "save_failed", error="late")
+    told = page.read()["events"]
+    assert [(event["time"], event["writer"]) for event in told] == [
+        (8, "node1"), (7, "agent"), (5, "node1"), (4, "rank1"), (3, "rank0"), (2, "agent"), (1, "orchestrator")
+    ]  # fmt: skip
+    assert (told[0]["attempt"], told[0]["level"], told[-1]["attempt"]) == (1, "alarm", None)
+    for at in range(9, 9 + 2 * NUM_EVENTS):
+        tell(run.orchestrator_events, at, "submitted", job_id="2")
+    assert [event["time"] for event in page.read()["events"]] == list(range(8 + 2 * NUM_EVENTS, 8 + NUM_EVENTS, -1))
+
+
 def test_foreign_events_upset_neither_page(tmp_path: Path) -> None:
     good = make_run(tmp_path, name="good")
     bad = make_run(tmp_path, name="bad")
@@ -194,7 +226,7 @@ def test_foreign_events_upset_neither_page(tmp_path: Path) -> None:
     for path in (attempt.path / "events.agent.jsonl", attempt.path / "events.rank0.jsonl", bad.orchestrator_events):
         path.write_text(lines)
     (attempt.path / "attempt.json").write_text("[1, 2]")
-    (attempt.path / "metrics.jsonl").write_text('{"step": "x", "loss": {}}\n{"step": 5, "loss": []}\n')
+    attempt.metrics_path.write_text('{"step": "x", "loss": {}}\n{"step": 5, "loss": []}\n')
     (bad.path / "checkpoints" / "step-00000004").mkdir(parents=True)
     (bad.path / "checkpoints" / "step-00000004" / "manifest.json").write_text("{")
     page = RunPage(bad)

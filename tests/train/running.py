@@ -18,10 +18,10 @@ import yaml
 
 from latentwire.config import load_config
 from latentwire.run.atomic import write_text
-from latentwire.run.directory import Attempt, Run, create_run
-from latentwire.run.goodput import KINDS, ledger_of
+from latentwire.run.directory import Attempt, Run, create_run, is_step
+from latentwire.run.goodput import KINDS
 from latentwire.run.journal import read_journal
-from latentwire.run.status import is_running
+from latentwire.run.status import account_of
 
 PATIENCE_S = 240.0
 HERE = Path(__file__).parent
@@ -142,8 +142,7 @@ def check_ledgers(folder: Path) -> None:
     """Of every run below that an agent ran: each moment is in one class, and the sum is the wall clock."""
     for path in {path.parents[2] for path in folder.rglob("experiment_*/attempts/*/environment.json")}:
         run = Run(path)
-        now = time.time()
-        ledger = ledger_of(run, now, is_running(run, now))
+        ledger = account_of(run, time.time())
         spans = ledger.spans
         assert all(a.end_ms == b.begin_ms for a, b in itertools.pairwise(spans)), f"a hole in {run.path}"
         assert all(span.kind in KINDS and span.begin_ms < span.end_ms for span in spans), run.path
@@ -164,7 +163,7 @@ def wait_for_event(attempt: Attempt, name: str, writer: str = "rank0", number: i
 
 def trained_steps(attempt: Attempt) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl that belong to training steps."""
-    return [r for r in read_journal(attempt.path / "metrics.jsonl") if "loss" in r]
+    return list(filter(is_step, read_journal(attempt.metrics_path)))
 
 
 def wait_for_steps(attempt: Attempt, number: int) -> None:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
 from running import make_run, run_agent, trained_steps
 
+from latentwire import Session
 from latentwire.checkpoint import reader
+from latentwire.run.curve import merged_metrics
 from latentwire.run.directory import Run
 from latentwire.run.journal import read_journal
+from latentwire.run.prometheus import Scrape
+from latentwire.run.rollup import summarise_metrics
 
 STEP = 16
 """Samples of one step."""
@@ -52,8 +57,21 @@ def test_every_step_has_its_line_of_metrics(calm: Run) -> None:
     wanted |= {"data_s", "forward_backward_s", "optimizer_s", "save_s"}
     assert all(wanted <= set(record) for record in steps)
     assert any(record["save_s"] > 0 for record in steps)
-    evaluations = [r for r in read_journal(attempt.path / "metrics.jsonl") if "eval/loss" in r]
+    evaluations = [r for r in read_journal(attempt.metrics_path) if "eval/loss" in r]
     assert [r["step"] for r in evaluations] == [6, 12, 18, 20]
+
+
+def test_an_own_loop_that_logs_no_loss_has_steps(tmp_path: Path) -> None:
+    with Session(tmp_path / "experiment_own", checkpoint={"best_metric": None}) as session:
+        session.track(model=torch.nn.Linear(2, 1))
+        for step in session.steps(4, evaluate=lambda: {"loss": 0.5}, evaluate_every=2):
+            session.log(accuracy=step / 4)
+    curve = [(r["step"], r.get("accuracy"), r.get("loss")) for r in merged_metrics(session.run)]
+    assert curve == [(1, 0.0, None), (2, 0.25, None), (2, None, 0.5), (3, 0.5, None), (4, 0.75, None), (4, None, 0.5)]
+    summary = summarise_metrics(session.run)
+    assert (summary["first"]["step"], summary["steps"], summary["last"]["accuracy"]) == (1, 4, 0.75)
+    assert summary["step_s_total"] > 0
+    assert Scrape.of(session.run).metrics["accuracy"] == 0.75
 
 
 def test_a_checkpoint_holds_all_states(calm: Run) -> None:

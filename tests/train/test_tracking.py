@@ -106,9 +106,9 @@ def test_each_step_is_in_tensorboard_once_after_kills_of_run_and_tracker(tmp_pat
 
 def curve_of(run: Run, *losses: float, first: int) -> None:
     """An attempt that wrote these losses, from a step on."""
-    journal = Journal(run.claim_attempt("1", "local").path / "metrics.jsonl")
+    journal = Journal(run.claim_attempt("1", "local").metrics_path)
     for step, loss in enumerate(losses, start=first):
-        journal.record(step=step, loss=loss)
+        journal.record(step=step, loss=loss, step_s=1.0)
     journal.close()
 
 
@@ -201,8 +201,8 @@ def test_a_number_that_no_float_can_hold_upsets_no_tracker(tmp_path: Path, monke
     wandb = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     run = make_run(tmp_path)
-    journal = Journal(run.claim_attempt("1", "local").path / "metrics.jsonl")
-    journal.record(step=1, loss=2.0, foreign=10**400)
+    journal = Journal(run.claim_attempt("1", "local").metrics_path)
+    journal.record(step=1, loss=2.0, foreign=10**400, step_s=1.0)
     journal.close()
     send_all(run, "wandb")
     assert [(step, values["loss"]) for step, values in wandb.sent] == [(1, 2.0)]

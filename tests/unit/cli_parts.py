@@ -74,7 +74,7 @@ def finished_run(home: Path) -> Run:
         start = 100.0 * number
         write_events(attempt, "agent", (start, "attempt_started", {"total_steps": 20}))
         write_events(attempt, "rank0", (start + 1, "save_committed", {"step": 10 * number, "why": "two words"}))
-        metrics = Journal(attempt.path / "metrics.jsonl", clock=lambda: 1.0)
+        metrics = Journal(attempt.metrics_path, clock=lambda: 1.0)
         metrics.record(step=10 * number, loss=4.5 - number, samples_per_s=100.0, step_s=0.1)
         metrics.close()
         end(attempt, outcome, start + 2)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import signal
 import subprocess
 from pathlib import Path
 
@@ -85,15 +87,34 @@ def test_unreadable_folder_is_one_line(home: Path) -> None:
     assert "Is a directory" in said
 
 
-@pytest.mark.parametrize("num_events", [1, 5000], ids=["less than a pipe holds", "more than a pipe holds"])
-def test_reader_that_leaves_early_ends_it_quietly(home: Path, num_events: int) -> None:
+def many_events(home: Path, number: int = 5000) -> None:
+    """So many that a pipe does not hold them."""
     attempt = make_run(home).claim_attempt("1", "local")
-    write_events(attempt, "rank0", *[(float(i), "something", {"i": i}) for i in range(num_events)])
+    write_events(attempt, "rank0", *[(float(i), "save_failed", {"step": i}) for i in range(number)])
+
+
+@pytest.mark.parametrize("words", ["status", "status toy", "events toy", "timeline toy", "config show toy", "--help"])
+@pytest.mark.parametrize("number", [1, 5000], ids=["few events", "many events"])
+def test_where_nobody_reads_it_ends_quietly(home: Path, words: str, number: int) -> None:
+    many_events(home, number)
     ours, theirs = os.pipe()
     os.close(ours)
-    result = subprocess.run(program("events", "toy"), cwd=home, stdout=theirs, stderr=subprocess.PIPE, check=False)
+    result = subprocess.run(program(*words.split()), cwd=home, stdout=theirs, stderr=subprocess.PIPE, check=False)
     os.close(theirs)
-    assert result.stderr == b""
+    assert (result.returncode, result.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+@pytest.mark.parametrize("words", ["events toy", "events toy --json --follow", "timeline toy --all"])
+def test_a_reader_that_has_enough_ends_it_as_cat(home: Path, words: str) -> None:
+    many_events(home)
+    (home / "large").write_bytes(bytes(1 << 20))
+
+    def piped(command: str) -> tuple[int, bytes, int]:
+        line = f"set -o pipefail; {command} | head -c 1000"
+        result = subprocess.run(["bash", "-c", line], cwd=home, capture_output=True, check=False)
+        return result.returncode, result.stderr, len(result.stdout)
+
+    assert piped(shlex.join(program(*words.split()))) == piped("cat large") == (128 + signal.SIGPIPE, b"", 1000)
 
 
 # ---- config ----------------------------------------------------------------------------------------------------------

@@ -26,13 +26,13 @@ def points(text: str) -> Points:
 
 def add(run: Run, number: int, *steps: int) -> None:
     for step in steps:
-        append(run.attempts()[number - 1].path / "metrics.jsonl", json.dumps({"step": step, "loss": 1.0}) + "\n")
+        append(run.attempts()[number - 1].metrics_path, json.dumps({"step": step, "loss": 1.0, "step_s": 1.0}) + "\n")
 
 
 def test_the_curve_stands_once_over_all_attempts(home: Path) -> None:
     run = finished_run(home)
     add(run, 1, 11, 20)
-    append(run.attempts()[0].path / "metrics.jsonl", '{"step": 21, "lo')
+    append(run.attempts()[0].metrics_path, '{"step": 21, "lo')
     assert points(printed(home, "metrics", "toy")) == [(10, 1), (11, 1), (20, 2)]
     printed(home, "metrics", "toy", "--to", "curve.jsonl")
     assert points((home / "curve.jsonl").read_text()) == [(10, 1), (11, 1), (20, 2)]

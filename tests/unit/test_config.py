@@ -417,6 +417,17 @@ def test_a_shipped_config_loads_and_is_named_as_its_file(path: Path, monkeypatch
         assert parse_config(yaml.safe_load(config.to_yaml()), "there") == config
 
 
+@pytest.mark.parametrize(("page", "keys"), [("README.md", {"checkpoint"}), ("docs/watching.md", {"alerts", "monitor"})])
+def test_the_sections_that_a_page_shows_are_those_of_a_config(page: str, keys: set[str]) -> None:
+    blocks = re.findall(r"^```yaml\n(.*?)^```$", (REPOSITORY / page).read_text(encoding="utf-8"), re.M | re.S)
+    shown = [tree for block in blocks if "base" not in (tree := yaml.safe_load(block))]  # else it is a whole file
+    assert {key for tree in shown for key in tree} == keys
+    for tree in shown:
+        parsed = parse(**tree).model_dump(mode="json")
+        for key, section in tree.items():
+            assert parsed[key] | section == parsed[key]
+
+
 def test_all_errors_are_of_one_family() -> None:
     assert issubclass(ConfigError, LatentWireError)
     assert issubclass(WorkloadError, LatentWireError)

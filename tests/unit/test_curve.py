@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from run_parts import config
 
-from latentwire.run.curve import Columns, Curve, merged_metrics
+from latentwire.run.curve import Columns, Curve, merged_metrics, place_of
 from latentwire.run.directory import Attempt, Run, create_run
 from latentwire.run.journal import Journal
 
@@ -24,12 +24,12 @@ def run(tmp_path: Path) -> Run:
 def train(run: Run, *steps: int | str, attempt: Attempt | None = None) -> Attempt:
     """An attempt, new or given, that writes these steps; ``"6e"`` is the evaluation after step 6."""
     attempt = attempt or run.claim_attempt("1", "local")
-    journal = Journal(attempt.path / "metrics.jsonl", clock=lambda: 1.0)
+    journal = Journal(attempt.metrics_path, clock=lambda: 1.0)
     for step in steps:
         if isinstance(step, str):
             journal.record(step=int(step[:-1]), **{"eval/loss": float(attempt.number)})
         else:
-            journal.record(step=step, loss=float(step), lr=0.5)
+            journal.record(step=step, loss=float(step), lr=0.5, step_s=1.0)
     journal.close()
     return attempt
 
@@ -53,7 +53,7 @@ class Copy:
 
 
 def named(records: list[dict[str, Any]]) -> list[tuple[str, int]]:
-    return [(f"{r['step']}{'' if 'loss' in r else 'e'}", r["attempt"]) for r in records]
+    return [(f"{r['step']}{'' if 'step_s' in r else 'e'}", r["attempt"]) for r in records]
 
 
 def test_steps_that_are_redone_make_the_older_points_void(run: Run) -> None:
@@ -131,16 +131,40 @@ def test_columns_tell_from_which_step_on_a_copy_is_old(run: Run) -> None:
     assert [(s.attempt.number, s.first_step) for s in columns.stretches] == [(1, 1), (2, 3)]
 
 
-FOREIGN = [b"", b"nothing", b"[1]", b"null", b'{"step": "x", "loss": 1}', b'{"step": true, "loss": 1}', b'{"loss": 1}']
-FOREIGN += [b'{"step": -3, "loss": 1}', b"\xff\xfe", b'{"step": 2.5}', b'{"step": 7, "loss": ']
+def test_a_step_is_known_by_its_time_whatever_a_loop_logs(run: Run) -> None:
+    """Of a loop that logs no loss but every second step, and whose evaluation names its figure so."""
+    attempt = run.claim_attempt("1", "local")
+    journal = Journal(attempt.metrics_path, clock=lambda: 1.0)
+    for step in range(1, 5):
+        journal.record(step=step, accuracy=0.5, step_s=1.0, **({} if step % 2 else {"loss": 2.0}))
+    journal.record(step=4, loss=9.0)
+    journal.close()
+    assert [place_of(record) for record in merged_metrics(run)] == [2, 4, 6, 8, 9]
+    columns = Columns(run, ("loss",), ("loss",))
+    columns.grow()
+    assert (list(columns.training.steps), list(columns.training.columns["loss"])) == ([2, 4], [2.0, 2.0])
+    assert (list(columns.evaluations.steps), list(columns.evaluations.columns["loss"])) == ([4], [9.0])
+    train(run, 4, "4e")
+    assert columns.grow() == 4
+    assert (list(columns.training.steps), list(columns.evaluations.steps)) == ([2, 4], [4])
+
+
+FOREIGN = [b"", b"nothing", b"[1]", b"null", b'{"step": "x", "step_s": 1}', b'{"step": true, "step_s": 1}']
+FOREIGN += [
+    b'{"loss": 1, "step_s": 1}',
+    b'{"step": -3, "step_s": 1}',
+    b"\xff\xfe",
+    b'{"step": 2.5}',
+    b'{"step": 7, "loss": ',
+]
 
 
 def test_foreign_and_half_written_lines_are_passed_over(run: Run) -> None:
     for number in (1, 2):
         attempt = run.claim_attempt("1", "local")
-        (attempt.path / "metrics.jsonl").write_bytes(b"\n".join(FOREIGN))
+        attempt.metrics_path.write_bytes(b"\n".join(FOREIGN))
         train(run, number, number + 1, attempt=attempt)
-        with open(attempt.path / "metrics.jsonl", "ab") as file:
+        with open(attempt.metrics_path, "ab") as file:
             file.write(b"\n".join([*FOREIGN, b'{"step": 3, "lo']))
     assert Copy(run).read() == [("1", 1), ("2", 2), ("3", 2)]
     columns = Columns(run, ("loss",))
@@ -151,9 +175,9 @@ def test_foreign_and_half_written_lines_are_passed_over(run: Run) -> None:
 def test_a_half_line_counts_when_it_is_whole(run: Run) -> None:
     attempt = train(run, 1)
     copy, columns = Copy(run), Columns(run, ("loss",))
-    line = b'{"step": 2, "loss": "nan"}\n'
+    line = b'{"step": 2, "loss": "nan", "step_s": 1}\n'
     for part, expected in ((line[:11], 1), (line[11:], 2)):
-        with open(attempt.path / "metrics.jsonl", "ab") as file:
+        with open(attempt.metrics_path, "ab") as file:
             file.write(part)
         columns.grow()
         assert len(copy.read()) == len(columns.training) == expected

@@ -228,7 +228,7 @@ def test_the_command_reads_the_newest_attempt_with_steps_and_names_the_present_v
     run = make_run(tmp_path)
     for readings, timings in ((samples(), steps()), TRACES["data-bound"][:2]):
         attempt = run.claim_attempt("1", "local")
-        write(attempt.path / "metrics.jsonl", timings)
+        write(attempt.metrics_path, timings)
         write(attempt.path / "gpu_stats.jsonl", readings[:50])
         write(attempt.path / "gpu_stats.node1.jsonl", readings[50:])
     run.claim_attempt("1", "local")  # has made no step yet

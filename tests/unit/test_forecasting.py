@@ -113,7 +113,7 @@ def trained(run: Run, step_s: list[float], save_s: list[float]) -> Attempt:
     """An attempt with such steps, half as deaf, an evaluation after them, and such saves."""
     attempt = run.claim_attempt("1", "local")
     steps = [{"step": n, "loss": 1.0, "step_s": s, "deaf_s": s / 2} for n, s in enumerate(step_s)]
-    write(attempt.path / "metrics.jsonl", *steps, {"step": len(steps), "eval/loss": 1.0})
+    write(attempt.metrics_path, *steps, {"step": len(steps), "eval/loss": 1.0})
     commits = [{"event": "save_committed", "seconds": s} for s in save_s]
     write(attempt.path / "events.rank0.jsonl", {"event": "restored", "seconds": 99.0}, *commits)
     return attempt

@@ -46,7 +46,7 @@ def agent(attempt: Attempt, event: str, at: float, **fields: Any) -> None:
 
 
 def step(attempt: Attempt, number: Any, at: float) -> None:
-    with open(attempt.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+    with open(attempt.metrics_path, "a", encoding="utf-8") as file:
         file.write(json.dumps({"time": NOW + at, "step": number, "loss": 1.0, "step_s": 1.0}) + "\n")
 
 
@@ -225,13 +225,24 @@ def test_a_fleet_is_the_sum(run: Run) -> None:
 
 def test_foreign_lines_upset_nothing(run: Run) -> None:
     attempt = trained(run, 0, 0, 5)
-    with open(attempt.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+    with open(attempt.metrics_path, "a", encoding="utf-8") as file:
         file.write('{"step": "many", "step_s": "NaN", "time": null}\n[1]\n{"step": 7, "step_s"')
     with open(attempt.path / "events.rank0.jsonl", "a", encoding="utf-8") as file:
         file.write('{"event": "training_started", "step": null, "time": "soon"}\n{"event": 7}\n\x00\n')
     (attempt.path / "placement.json").write_text("{")
     (run.path / "attempts" / "0002").mkdir()
     account(run)
+
+
+@pytest.mark.parametrize("figure", ["NaN", "-Infinity", "1e309", "true", "null"])
+def test_a_figure_that_is_none_takes_no_time(run: Run, figure: str) -> None:
+    """JSON has no NaN; Python reads it all the same."""
+    attempt = trained(run, 0, 0, 5)
+    with open(attempt.path / "events.rank0.jsonl", "a", encoding="utf-8") as file:
+        file.write(f'{{"event": "save_staged", "time": {NOW + 22}, "seconds": {figure}}}\n')
+        file.write(f'{{"event": "notice", "time": {NOW + 23}, "received": {figure}}}\n')
+    agent(attempt, "attempt_ended", 24, outcome="preempted")
+    assert story(account(run, now=24))[4:] == [("training", 5), ("training", 1), ("draining", 1)]
 
 
 NAMES = (

@@ -1,4 +1,4 @@
-"""Which GPUs a run uses, how, and why: with footprints of round figures, so that the arithmetic can be followed."""
+"""Which GPUs a run uses, how, and why."""
 
 from __future__ import annotations
 
@@ -7,81 +7,13 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from planner_parts import LARGE, PAIR, SMALL, TRAINED, best, config, cuda, has, is_probed, model, names, plan
 
-from latentwire.config import Config, parse_config
-from latentwire.elastic.footprint import CONTEXT_BYTES, Footprint, FrozenModule, TrainedPart, predict
-from latentwire.elastic.inventory import GB, Device, Inventory, parse_gpus
-from latentwire.elastic.planner import Placement, Weighed, weigh
-from latentwire.elastic.schedule import MAX_REPLICAS, micro_batches_of
+from latentwire.elastic.footprint import CONTEXT_BYTES, Footprint, TrainedPart
+from latentwire.elastic.inventory import GB, Device, Inventory
+from latentwire.elastic.planner import Placement, weigh
+from latentwire.elastic.schedule import MAX_REPLICAS
 from latentwire.errors import ConfigError
-
-MEMORY_TARGET = 0.75
-TFLOP = 10**12
-
-
-def model(name: str, layer_gb: float, kept_gb: float, num_layers: int = 10) -> FrozenModule:
-    """Two gigabytes outside the layers; a layer's backward pass costs as much as its forward pass."""
-    return FrozenModule(
-        name,
-        num_layers=num_layers,
-        front_bytes=GB,
-        layer_bytes=round(layer_gb * GB),
-        back_bytes=GB,
-        layer_kept_bytes=round(kept_gb * GB / num_layers),
-        layer_input_bytes=round(kept_gb * GB / num_layers / 100),
-        layer_working_bytes=0,
-        back_kept_bytes=0,
-        num_outputs=0,
-        output_bytes=0,
-        outputs_at_once=0,
-        layer_forward_flops=TFLOP // num_layers,
-        layer_backward_flops=TFLOP // num_layers,
-        back_flops=0,
-    )
-
-
-LARGE, SMALL = model("large", 1.4, 1.0), model("small", 1.3, 1.0)
-TRAINED = TrainedPart(num_parameters=10**6, bytes_per_parameter=40, kept_bytes=0, flops=0)
-PAIR = Footprint((LARGE, SMALL), TRAINED)
-"""16 and 15 GB of weights, a gigabyte of activations for each model and sample."""
-
-
-def config(num_ranks: int | None = None, micro_batch: int | str = 8, global_batch: int = 32, **sections: Any) -> Config:
-    tree = {
-        "name": "plan",
-        "workload": {"target": "json:JSONDecoder"},
-        "train": {"micro_batch": micro_batch, "global_batch": global_batch, **sections.get("train", {})},
-        "elastic": {"num_ranks": num_ranks, **sections.get("elastic", {})},
-        "scheduler": sections.get("scheduler", {}),
-    }
-    return parse_config(tree, "test")
-
-
-def has(gpus: str) -> Inventory:
-    return Inventory(parse_gpus(gpus), "", {})
-
-
-def names(*gpus: str) -> Inventory:
-    return Inventory(tuple(Device(name, 80 * GB) for name in gpus), "", {})
-
-
-def plan(*args: Any, **more: Any) -> Placement:
-    return weigh(*args, **more).placement()
-
-
-def is_probed(placement: Placement) -> bool:
-    return placement.probe_up_to is not None
-
-
-def best(gpus: str, footprint: Footprint = PAIR, **changes: Any) -> Placement:
-    return plan(config(**changes), has(gpus), footprint)
-
-
-def cuda(*ranks: tuple[int, ...]) -> tuple[tuple[str, ...], ...]:
-    return tuple(tuple(f"cuda:{gpu}" for gpu in rank) for rank in ranks)
-
 
 # ---- Without a footprint ---------------------------------------------------------------------------------------------
 
@@ -407,113 +339,6 @@ def test_the_words_say_why_this_and_not_the_others() -> None:
 
 def test_what_the_workload_assumed_is_passed_on() -> None:
     assert "large: a guess" in best("H200-141GB", dataclasses.replace(PAIR, notes=("large: a guess",))).why
-
-
-# ---- What holds for any plan -----------------------------------------------------------------------------------------
-
-GPUS = st.lists(
-    st.builds(Device, st.sampled_from(["H100", "A100", "X1"]), st.integers(8, 200).map(lambda n: n * GB)), max_size=4
-)
-SIZES = st.sampled_from([0.1, 0.4, 1.0, 2.0])
-FOOTPRINTS = st.builds(
-    lambda sizes, kept, one_by_one: Footprint(
-        tuple(model(name, size, kept) for name, size in zip("abc", sizes, strict=False)), TRAINED, one_by_one
-    ),
-    st.lists(SIZES, max_size=3),
-    SIZES,
-    st.booleans(),
-)
-CONFIGS = st.builds(
-    lambda micro_batch, multiple, **forced: config(
-        micro_batch=micro_batch,
-        global_batch=multiple * (1 if micro_batch == "auto" else micro_batch),
-        num_ranks=forced["num_ranks"],
-        elastic={"gpus_per_replica": forced["gpus_per_replica"], "memory_target": forced["memory_target"]},
-        train={"gradient_checkpointing": forced["checkpointing"]},
-    ),
-    st.just("auto") | st.integers(1, 16),
-    st.integers(1, 24),
-    num_ranks=st.none() | st.integers(1, 4),
-    gpus_per_replica=st.none() | st.integers(1, 4),
-    memory_target=st.sampled_from([0.5, 0.75, 0.85]),
-    checkpointing=st.sampled_from([True, False, "auto"]),
-)
-
-
-def outcome(config: Config, gpus: list[Device], footprint: Footprint, num_nodes: int = 1) -> Weighed | None:
-    """None: refused, with a cure."""
-    try:
-        return weigh(config, Inventory(tuple(gpus), "", {}), footprint, num_nodes=num_nodes)
-    except ConfigError as error:
-        said = str(error)
-    assert any(word in said for word in ("set ", "null", "remove"))
-    return None
-
-
-@given(CONFIGS, GPUS, FOOTPRINTS, st.integers(1, 2))
-def test_a_plan_covers_the_batch_fits_and_obeys(
-    config: Config, gpus: list[Device], footprint: Footprint, num_nodes: int
-) -> None:
-    weighed = outcome(config, gpus, footprint, num_nodes)
-    if weighed is None:
-        return
-    if weighed.chosen is None:
-        with pytest.raises(ConfigError, match="are missing"):
-            weighed.placement()
-        return
-    placement = weighed.placement()
-    assert placement.micro_batch * placement.num_micro_batches == config.train.global_batch
-    covered = [
-        m
-        for rank in range(placement.world_size)
-        for m in micro_batches_of(rank, placement.world_size, placement.num_micro_batches)
-    ]
-    assert covered == list(range(placement.num_micro_batches))
-    for node in range(num_nodes):
-        used = [device for rank in placement.ranks_on(node) for device in placement.devices[rank]]
-        assert not gpus or len(set(used)) == len(used)
-    assert config.train.micro_batch in ("auto", placement.micro_batch)
-    assert config.elastic.num_ranks in (None, placement.world_size)
-    assert config.elastic.gpus_per_replica in (None, *map(len, placement.devices))
-    assert config.train.gradient_checkpointing in ("auto", placement.gradient_checkpointing)
-    if gpus:
-        assert placement.peak_bytes is not None
-        for rank in placement.devices:
-            memory = [gpus[int(device.removeprefix("cuda:"))].memory_bytes for device in rank]
-            for peak, all_of_it in zip(placement.peak_bytes, memory, strict=True):
-                assert peak <= config.elastic.memory_target * all_of_it + 1
-        assert placement.peak_bytes == predict(
-            footprint, placement.modules, placement.micro_batch, placement.gradient_checkpointing
-        )
-        assert {place for places in placement.modules.values() for place in places} <= set(range(len(rank)))
-
-
-@given(CONFIGS, GPUS.filter(bool), FOOTPRINTS, st.integers(1, 100))
-def test_more_memory_never_makes_it_worse(
-    config: Config, gpus: list[Device], footprint: Footprint, more_gb: int
-) -> None:
-    """Of a given micro-batch; ``auto`` may take a larger one, which leaves other ranks with less."""
-    if config.train.micro_batch == "auto":
-        config = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": 1})})
-    before = outcome(config, gpus, footprint)
-    larger = [dataclasses.replace(gpu, memory_bytes=gpu.memory_bytes + more_gb * GB) for gpu in gpus]
-    after = outcome(config, larger, footprint)
-    if before is not None and before.chosen is not None:
-        assert after is not None
-        assert after.chosen is not None
-        assert after.chosen.pace >= before.chosen.pace * (1 - 1e-9)
-
-
-@given(CONFIGS, st.integers(1, 4), st.integers(8, 200), FOOTPRINTS)
-def test_one_more_gpu_never_makes_it_slower(config: Config, num_gpus: int, gb: int, footprint: Footprint) -> None:
-    gpus = [Device("H100", gb * GB)] * num_gpus
-    if config.train.micro_batch == "auto":
-        config = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": 1})})
-    before, after = outcome(config, gpus, footprint), outcome(config, [*gpus, gpus[0]], footprint)
-    if before is not None and before.chosen is not None:
-        assert after is not None
-        assert after.chosen is not None
-        assert after.chosen.pace >= before.chosen.pace * (1 - 1e-9)
 
 
 def test_a_plan_needs_room_for_the_context() -> None:

@@ -39,7 +39,7 @@ def test_a_run_that_trains(run: Run) -> None:
     tell(attempt, "agent", "attempt_started", total_steps=100)
     tell(attempt, "rank0", "save_committed", step=8)
     tell(attempt, "rank0", "save_verified", step=8)
-    metrics = Journal(attempt.path / "metrics.jsonl", clock=lambda: NOW)
+    metrics = Journal(attempt.metrics_path, clock=lambda: NOW)
     metrics.record(step=9, loss=2.5, samples_per_s=64.0, step_s=0.5, grad_norm=math.inf, **{"loss/llama": math.nan})
     metrics.record(step=9, **{"eval/loss": 2.25})
     metrics.close()
@@ -81,5 +81,5 @@ def test_text_from_files_cannot_break_the_page(run: Run) -> None:
 def test_foreign_files_do_not_upset_it(run: Run) -> None:
     attempt = run.claim_attempt("1", "local")
     write_json(attempt.path / "gpu_stats.jsonl", {"gpus": 7})
-    (attempt.path / "metrics.jsonl").write_text('{"step": {}, "loss": [1], "eval/loss": null}\n{"step": 3, "lo')
+    attempt.metrics_path.write_text('{"step": {}, "loss": [1], "eval/loss": null}\n{"step": 3, "lo')
     assert "latentwire_loss" not in parsed(Scrape.of(run, NOW))

@@ -50,8 +50,8 @@ def test_running_with_all_that_is_known(run: Run) -> None:
     tell(attempt, "rank0", "save_verified", NOW + 1, step=10)
     for step in (9, 10):
         line = {"time": NOW + step, "step": step, "loss": 1 / step, "samples_per_s": 64.0, "step_s": 0.5}
-        write_line(attempt.path / "metrics.jsonl", line)
-    write_line(attempt.path / "metrics.jsonl", {"time": NOW + 11, "step": 10, "eval/loss": 0.3})
+        write_line(attempt.metrics_path, line)
+    write_line(attempt.metrics_path, {"time": NOW + 11, "step": 10, "eval/loss": 0.3})
     status = run_status(run, NOW + 12)
     assert (status.state, status.reason, status.phase) == ("RUNNING", None, "training")
     assert (status.attempt, status.job_id) == (1, "42")
@@ -207,8 +207,8 @@ def test_steps_that_were_redone_stand_as_the_later_attempt_had_them(run: Run) ->
     for losses in ({1: 9.0, 2: 8.0, 3: 7.0}, {3: 6.0, 4: 5.0}):
         attempt = run.claim_attempt("1", "local")
         for step, loss in losses.items():
-            write_line(attempt.path / "metrics.jsonl", {"step": step, "loss": loss, "step_s": 0.5})
-        write_line(attempt.path / "metrics.jsonl", {"step": 3, "eval/loss": losses[3] / 2})
+            write_line(attempt.metrics_path, {"step": step, "loss": loss, "step_s": 0.5})
+        write_line(attempt.metrics_path, {"step": 3, "eval/loss": losses[3] / 2})
     curve = [(r["step"], r["loss"], r["attempt"]) for r in merged_metrics(run) if "loss" in r]
     assert curve == [(1, 9.0, 1), (2, 8.0, 1), (3, 6.0, 2), (4, 5.0, 2)]
     summary = summarise_metrics(run)
