@@ -26,6 +26,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 ROWS_SHOWN = "document.querySelectorAll('tbody tr').length >= {runs}"
 FLEET_SHOWN = "document.querySelectorAll('tbody .state').length >= {runs}"
 TABLES_SHOWN = "document.querySelectorAll('h1, .scroll table').length >= 3"
+SKETCH_SHOWN = "document.querySelectorAll('.sketch').length >= 2"
 RUN_SHOWN = "document.querySelectorAll('.scatterlayer .js-line').length >= 2"
 ALL_SHOWN = "document.body.textContent.includes('{points:,} steps')"
 LONGEST_TASK = """
@@ -148,6 +149,8 @@ def measure(browser: Browser, num_runs: int, num_points: int) -> list[tuple[str,
             rows.append((f"fleet of {num_runs} runs, again: the state of each", f"{timed(page, address, fleet):.2f} s"))
             first_s = timed(page, run, TABLES_SHOWN)
             rows.append((f"run of {num_points:,} points, first load: status and tables", f"{first_s:.2f} s"))
+            first_s += waited(page, f"{SKETCH_SHOWN} || {RUN_SHOWN}")
+            rows.append(("and the curve without axes", f"{first_s:.2f} s"))
             first_s += waited(page, RUN_SHOWN)
             rows.append(("and charts with a glimpse of the curve, plotly's script compiled", f"{first_s:.2f} s"))
             first_s += waited(page, ALL_SHOWN.format(points=num_points))

@@ -6,7 +6,7 @@ import json
 import time
 from pathlib import Path
 
-from playwright.sync_api import Browser
+from playwright.sync_api import Browser, Route
 from running import KILL, SLOW_ENOUGH, agent_of, make_run, run_agent, wait_for, wait_for_steps
 from serving_parts import TOKEN, Serve, Tab
 
@@ -118,6 +118,24 @@ def test_a_vanished_run_and_a_server_that_comes_back(browser: Browser, serve: Se
     runs[1].path.rename(tmp_path / "elsewhere")
     wait_for(lambda: "two" not in tab.text(), "the fleet without it")
     assert "one" in tab.text()
+    tab.close()
+
+
+def test_the_curve_is_there_before_plotly_is(browser: Browser, serve: Serve, tmp_path: Path) -> None:
+    run = make_run(tmp_path, train={"steps": 8})
+    assert run_agent(run) == "finished"
+    tab, held = Tab(browser), list[Route]()
+    tab.page.route("**/plotly.min.js*", held.append)
+    tab.open(f"{serve().address}runs/toy")
+    wait_for(lambda: tab.page.evaluate("document.querySelectorAll('.sketch path').length") >= 2, "lines")
+    assert tab.page.evaluate(CHARTS) == 0
+    assert tab.page.evaluate("document.querySelector('.sketch path').getBBox().width") > 900, "over the whole chart"
+    wait_for(lambda: held, "the browser to ask for plotly")
+    tab.page.unroute("**/plotly.min.js*")
+    for route in held:
+        route.continue_()
+    wait_for(lambda: tab.page.evaluate(CHARTS) >= 4, "charts")
+    assert tab.page.evaluate("document.querySelectorAll('.js-plotly-plot .sketch').length") == 0
     tab.close()
 
 

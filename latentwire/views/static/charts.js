@@ -70,16 +70,27 @@ class Chart {
   }
 
   redraw() {
-    if (!this.isDrawn) return;
+    if (!this.isDrawn) return this.sketch();
     this.revision = (this.revision || 0) + 1;
     Plotly.react(this.area, this.traces.map((trace) => styled(trace)), this.layout(), CHART_OPTIONS);
   }
 
   draw() {
     this.isWanted = true;
-    if (this.isDrawn || !window.Plotly) return;
+    if (this.isDrawn) return;
+    if (!window.Plotly) return this.sketch();
     this.isDrawn = true;
+    this.area.replaceChildren();
     Plotly.newPlot(this.area, this.traces.map((trace) => styled(trace)), this.layout(), CHART_OPTIONS);
+  }
+
+  /** Its lines at once, while plotly's script is still on its way: a browser takes a second or two to compile it. */
+  sketch() {
+    const lines = this.traces.filter((trace) => trace.type === "scatter" && trace.y.some((y) => y !== null));
+    if (!this.isWanted || !lines.length) return;
+    const picture = sketch(lines, 1000, this.axes.height);
+    picture.setAttribute("class", "sketch");
+    this.area.replaceChildren(picture);
   }
 
   layout() {

@@ -98,18 +98,10 @@ function progress(row) {
 function spark(row) {
   const known = (row.losses || []).map((y, x) => [x, y]).filter(([, y]) => y !== null);
   if (known.length < 2) return "";
-  const values = known.map(([, y]) => y);
-  const low = Math.min(...values);
-  const height = Math.max(...values) - low || 1;
-  const name = "http://www.w3.org/2000/svg";
-  const picture = document.createElementNS(name, "svg");
+  const picture = sketch([{ x: known.map(([x]) => x), y: known.map(([, y]) => y), tint: "series-1" }], 96, 18);
   picture.setAttribute("class", "spark");
-  picture.setAttribute("viewBox", "0 0 96 18");
   picture.setAttribute("role", "img");
-  picture.setAttribute("aria-label", `last ${known.length} losses, from ${words.figure(values[0])} to ${words.figure(values[values.length - 1])}`);
-  const path = document.createElementNS(name, "polyline");
-  path.setAttribute("points", known.map(([x, y]) => `${(1 + (94 * x) / (row.losses.length - 1)).toFixed(1)},${(16.5 - (15 * (y - low)) / height).toFixed(1)}`).join(" "));
-  picture.append(path);
+  picture.setAttribute("aria-label", `last ${known.length} losses, from ${words.figure(known[0][1])} to ${words.figure(known[known.length - 1][1])}`);
   return picture;
 }
 

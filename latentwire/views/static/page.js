@@ -12,6 +12,30 @@ function make(tag, properties, ...children) {
   return element;
 }
 
+/** Lines without axes, [{x, y, tint}], in a picture of this size; a null y leaves a gap. */
+function sketch(lines, width, height) {
+  const xs = lines.flatMap((line) => line.x);
+  const ys = lines.flatMap((line) => line.y).filter((y) => y !== null);
+  const scale = (values, length) => {
+    const low = Math.min(...values);
+    const span = Math.max(...values) - low || 1;
+    return (value) => (1.5 + ((length - 3) * (value - low)) / span).toFixed(1);
+  };
+  const across = scale(xs, width);
+  const up = scale(ys.map((y) => -y), height);
+  const element = (name) => document.createElementNS("http://www.w3.org/2000/svg", name);
+  const picture = element("svg");
+  picture.setAttribute("viewBox", `0 0 ${width} ${height}`);
+  picture.setAttribute("preserveAspectRatio", "none");
+  for (const { x, y, tint } of lines) {
+    const path = element("path");
+    path.setAttribute("d", y.map((value, i) => (value === null ? "" : `${i && y[i - 1] !== null ? "L" : "M"}${across(x[i])} ${up(-value)}`)).join(""));
+    path.style.stroke = `var(--${tint})`;
+    picture.append(path);
+  }
+  return picture;
+}
+
 const NOTHING = "–";
 
 const words = {
