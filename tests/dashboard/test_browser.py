@@ -125,13 +125,12 @@ def test_the_curve_is_there_before_plotly_is(browser: Browser, serve: Serve, tmp
     run = make_run(tmp_path, train={"steps": 8})
     assert run_agent(run) == "finished"
     tab, held = Tab(browser), list[Route]()
-    tab.page.route("**/plotly.min.js*", held.append)
+    tab.page.route("**/plotly.min.js*", lambda route: held.append(route))
     tab.open(f"{serve().address}runs/toy")
     wait_for(lambda: tab.page.evaluate("document.querySelectorAll('.sketch path').length") >= 2, "lines")
     assert tab.page.evaluate(CHARTS) == 0
     assert tab.page.evaluate("document.querySelector('.sketch path').getBBox().width") > 900, "over the whole chart"
     wait_for(lambda: held, "the browser to ask for plotly")
-    tab.page.unroute("**/plotly.min.js*")
     for route in held:
         route.continue_()
     wait_for(lambda: tab.page.evaluate(CHARTS) >= 4, "charts")

@@ -68,8 +68,7 @@ def test_a_stopped_rank_is_named_and_given_up_and_the_run_goes_on(alone: dict[st
         for agent in agents:
             _stop_rank_1(agent)
         for agent in agents:
-            (hang, *_) = wait_for(lambda agent=agent: _hangs(agent.attempt, 1), "the name of rank 1")
-            assert hang["at"] == ["not a word from it, its process is stopped"] or hang["at"] == ["forward_backward"]
+            wait_for(lambda agent=agent: _stopped(agent.attempt, 1), "the name of rank 1")
             assert agent.outcome() == "finished"
             first, *_, last = agent.run.attempts()
             verdict = verdict_of(first)
@@ -77,6 +76,12 @@ def test_a_stopped_rank_is_named_and_given_up_and_the_run_goes_on(alone: dict[st
             assert str(verdict.error).startswith("rank 1 (")
             assert events(last, "restored")[0]["step"] >= 4
             assert final_digests(agent.run) == alone
+
+
+def _stopped(attempt: Attempt, rank: int) -> bool:
+    """Whether it was named with where it stands; on a busy machine it may have been named before, as late."""
+    where = ("not a word from it, its process is stopped", "forward_backward")
+    return any(hang["at"] == [at] for hang in _hangs(attempt, rank) for at in where)
 
 
 def _stop_rank_1(agent: AgentProcess) -> None:
