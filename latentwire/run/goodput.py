@@ -157,6 +157,13 @@ def cause_of(verdict: Verdict) -> str:
     return verdict.cause or verdict.outcome
 
 
+_TURNS = {
+    *("notice", "draining", "workload_built", "restored", "training_started", "caught_up"),
+    *("evaluation_started", "evaluation_finished", "save_staged"),
+}
+"""Events at which an attempt's time goes to another class; most others tell of saves."""
+
+
 class _Painter:
     """Lays span after span; each begins where the one before ends."""
 
@@ -207,10 +214,11 @@ class _Told:
             painter.turn(_ms(self._end_s), "queued", None, cause_of(verdict), 0)
 
     def _take(self, event: dict[str, Any]) -> None:
-        name, at = event.get("event"), time_of(event)
+        name = event.get("event")
+        if name not in _TURNS or self._painter.kind == "draining":  # what follows a notice belongs to it
+            return
+        at = time_of(event)
         began = at - (number(event.get("seconds")) or 0.0)
-        if self._painter.kind == "draining":
-            return  # what follows a notice belongs to it
         if name in ("notice", "draining"):
             self._turn(number(event.get("received")) or at, "draining", self._noticed_for)
         elif name in ("workload_built", "restored"):
