@@ -55,9 +55,9 @@ def main(only: Sequence[str], write: bool) -> int:
         failed += not passed and not _lacks_gpu(item)
         print(f"[{'x' if passed else ' '}] {item.name}: {figure}", flush=True)
         blocks[item.name] = _block(item, passed, figure)
-    if write:
-        ordered = [blocks.get(item.name) or f"- [ ] `{item.name}` {item.claim}\n  - never ran\n" for item in ITEMS]
-        write_text(PATH, _HEAD + "\n" + "".join(ordered))
+        if write:  # at once: the next may take an hour
+            ordered = [blocks.get(item.name) or f"- [ ] `{item.name}` {item.claim}\n  - never ran\n" for item in ITEMS]
+            write_text(PATH, _HEAD + "\n" + "".join(ordered))
     return 1 if failed else 0
 
 
@@ -76,7 +76,13 @@ def _run(item: Item) -> tuple[bool, str]:
     if _lacks_gpu(item):
         return False, "open: needs a GPU, and this machine has none"
     started = time.monotonic()
-    done = subprocess.run(item.command, capture_output=True, text=True, errors="replace", check=False)
+    programs = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
+    try:
+        done = subprocess.run(
+            item.command, env=os.environ | programs, capture_output=True, text=True, errors="replace", check=False
+        )
+    except FileNotFoundError:
+        return False, f"{item.command[0]} is not installed: pip install -e '.[dev]'"
     passed, figure = item.judge(done.returncode, done.stdout)
     if not passed:
         sys.stderr.write(done.stdout[-3000:] + done.stderr[-3000:])

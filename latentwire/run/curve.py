@@ -14,7 +14,7 @@ import bisect
 import dataclasses
 import operator
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -63,7 +63,7 @@ class Curve:
         while not records and (piece := self._pieces.next()) is not None:
             first_void = _earlier(first_void, piece.first_void)
             number, begin, end = piece.stretch.attempt.number, piece.begin, piece.stretch.end
-            for record in map(_decode, piece.lines.split(b"\n")):
+            for record in map(parse_line, piece.lines.split(b"\n")):
                 if record is not None and begin <= (place := place_of(record)) < end:
                     record["attempt"] = number
                     records.append(record)
@@ -261,17 +261,6 @@ def place_of(record: dict[str, Any]) -> int:
     """Where a record belongs on the curve; before its begin where it does not."""
     step = record.get("step")
     return 2 * step + (not is_step(record)) if type(step) is int else -1
-
-
-_decode_json: Callable[[bytes], Any] = msgspec.json.Decoder().decode
-
-
-def _decode(line: bytes) -> dict[str, Any] | None:
-    try:
-        record = _decode_json(line)
-    except ValueError:
-        return parse_line(line)  # the standard library takes some that are no JSON, such as a bare NaN
-    return record if isinstance(record, dict) else None
 
 
 def _as_floats(values: list[Any]) -> array[float]:
