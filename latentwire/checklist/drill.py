@@ -179,8 +179,9 @@ class _Program:
             number, hit = attempt.number, _fell_into_window(attempt, disturbance)
             if hit:
                 break
-        reached = max([_restored(attempt), *(int(r["step"]) for r in _steps(attempt))])
         after = self._wait(self._attempt_that_trains(number), "the next attempt's first step")
+        # only now: Slurm calls a job over while its last step is still being saved
+        reached = max([_restored(attempt), *(int(r["step"]) for r in _steps(attempt))])
         lost = reached - _restored(after)
         allowed = disturbance.may_lose * int(self._config()["checkpoint"]["interval_steps"])
         return Row(
