@@ -167,7 +167,8 @@ def _attempt_row(attempt: Attempt, running: bool, now: float) -> tuple[str, ...]
 
     record, ended = attempt.record(), attempt.ended()
     claimed = record.get("claimed")
-    until = now if running else (ended or {}).get("time")
+    last = attempt.last_step()
+    until = now if running else (ended or last).get("time")  # of one that was lost, its last step's
     ran = until - claimed if isinstance(claimed, float) and isinstance(until, float) else None
     verdict = verdict_of(attempt)
     cause = f" ({verdict.cause})" if verdict.cause else ""
@@ -177,6 +178,6 @@ def _attempt_row(attempt: Attempt, running: bool, now: float) -> tuple[str, ...]
         ago(claimed if isinstance(claimed, float) else None, now),
         duration(ran),
         "running" if running else f"{verdict.outcome}{cause}",
-        NOTHING if running else figure(verdict.step),
+        NOTHING if running else figure(last.get("step") if verdict.step is None else verdict.step),
         "" if running else (verdict.error or ""),
     )

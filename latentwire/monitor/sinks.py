@@ -254,5 +254,7 @@ def _try_to_post(url: str, data: bytes) -> tuple[str | None, bool]:
         return f"it answered with HTTP {error.code}", error.code >= 500 or error.code == 429
     except (OSError, http.client.HTTPException, ValueError) as error:
         cause = error.reason if isinstance(error, urllib.error.URLError) else error
+        if isinstance(cause, TimeoutError):
+            return f"no answer within {ANSWER_WITHIN_S:g} s", True
         words = cause.strerror if isinstance(cause, OSError) and cause.strerror else type(cause).__name__
         return f"no connection: {words}", not isinstance(cause, ValueError)

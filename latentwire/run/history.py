@@ -15,6 +15,7 @@ from latentwire.run.figures import number
 from latentwire.run.goodput import PRODUCTIVE, Ledger
 from latentwire.run.journal import read_journal
 from latentwire.run.simulation import Costs, Policy, Window
+from latentwire.run.status import run_status
 
 _START = ("starting", "loading", "restoring")
 _TRAINING_WAITS = ("last", "notice")
@@ -64,7 +65,7 @@ def _step_times(run: Run) -> tuple[list[float], list[float]]:
 
 
 def policy_of(run: Run) -> Policy:
-    """What the run's config says; of ``checkpoint.interval_s: auto`` what it came to last.
+    """What the run's config says; of ``checkpoint.interval_s: auto``, and of a loop's own steps, what was told last.
 
     Raises:
         ConfigError, RunError: its config cannot be read.
@@ -75,7 +76,8 @@ def policy_of(run: Run) -> Policy:
         chosen = events["interval_chosen"]
         interval_s = float(chosen[-1]["seconds"]) if chosen else None
     evaluate_every = config.train.eval_every if events["evaluation_finished"] else None
-    return Policy(config.train.steps, interval_s, config.checkpoint.interval_steps, evaluate_every)
+    total = run_status(run).total_steps or config.train.steps
+    return Policy(total, interval_s, config.checkpoint.interval_steps, evaluate_every)
 
 
 def windows_of(ledger: Ledger, grace_s: float) -> list[Window]:

@@ -21,6 +21,7 @@ from latentwire.run.atomic import json_safe
 from latentwire.run.figures import number
 
 _TAIL_BYTES = 64 * 1024
+_END_OF_TIME = 2.5e11  # in the year 9892: beyond it no calendar goes far
 _MOST_UNWRITTEN = 10_000
 _ENCODER = json.JSONEncoder(
     allow_nan=False, default=lambda value: dict(value) if isinstance(value, Mapping) else str(value)
@@ -142,8 +143,9 @@ def read_journal(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def time_of(record: Mapping[str, Any]) -> float:
-    """A record's time for sorting; 0 where a foreign line has none that is a number."""
-    return float(number(record.get("time")) or 0.0)
+    """A record's time for sorting; 0 where a foreign line has none that a calendar knows."""
+    time_s = number(record.get("time")) or 0.0
+    return float(time_s) if abs(time_s) < _END_OF_TIME else 0.0
 
 
 def newest_first(path: Path) -> Iterator[dict[str, Any]]:

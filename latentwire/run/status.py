@@ -210,7 +210,9 @@ class _Facts:
             self.alerts.pop(str(event.get("alert")), None)
         elif name in ("hang", "hang_over"):
             self.hang = tell_hang(event) if name == "hang" else None
-        if name in ("attempt_started", "training_started") and event.get("total_steps") is not None:
+        if name == "attempt_started" and self.total_steps is None:  # by the config; a loop of one's own may say else
+            self.total_steps = whole(event.get("total_steps"), 0) or None
+        elif name == "training_started" and event.get("total_steps") is not None:
             self.total_steps = whole(event["total_steps"], self.total_steps or 0)
         elif name == "restored":
             self.step = whole(event.get("step"), self.step)

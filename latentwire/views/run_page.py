@@ -93,8 +93,11 @@ class RunPage:
         attempts, alive = self._seen.attempts(), is_running(self._seen, now)
         ledger = ledger_of(self._seen, now, alive)
         spans = timeline(ledger)
+        status = dataclasses.asdict(status_of(self._seen, now))
+        if not self.run.path.is_dir():
+            status |= {"state": "VANISHED", "reason": f"{self.run.path} is gone"}
         return {
-            "status": dataclasses.asdict(status_of(self._seen, now)),
+            "status": status,
             "timeline": spans,
             "goodput": goodput(ledger),
             "attempts": [_attempt(a, spans, alive and a is attempts[-1]) for a in attempts],

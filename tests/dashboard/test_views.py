@@ -252,7 +252,8 @@ def test_a_run_that_vanishes_leaves_the_fleet(tmp_path: Path) -> None:
     message = fleet.read()
     assert message is not None
     assert message["gone"] == ["one"]
-    page.read()
+    status = page.read()["status"]
+    assert (status["state"], status["reason"]) == ("VANISHED", f"{runs[0].path} is gone")
     as_json(page.snapshot())
 
 

@@ -21,6 +21,8 @@ from cli_parts import (
 )
 from fleet_parts import fleet, running
 
+from latentwire.run.journal import Journal
+
 _ESCAPES = re.compile("\x1b\\[[0-9;]*m")
 
 _HEAVY = ("torch", "submitit", "transformers", "pydantic", "yaml", "rich", "typer", "click")
@@ -53,6 +55,24 @@ def test_status_of_one_run_tells_of_its_attempts(home: Path) -> None:
     assert [line.split()[0] for line in text.splitlines()[-2:]] == ["1", "2"]
     assert "preempted" in text
     assert "finished" in text
+
+
+def test_of_a_lost_attempt_its_last_step_is_known(home: Path) -> None:
+    run = make_run(home)
+    lost = run.claim_attempt("1", "local")
+    journal = Journal(lost.metrics_path, clock=lambda: lost.record()["claimed"] + 50)
+    journal.record(step=86, loss=1.0, step_s=0.5)
+    journal.close()
+    run.claim_attempt("2", "local")
+    row = printed(home, "status", "toy").splitlines()[-2]
+    assert re.match(r"1 .* 50 s +lost +86 ", row), row
+
+
+def test_an_absurd_time_upsets_no_command(home: Path) -> None:
+    run = finished_run(home)
+    write_events(run.attempts()[0], "agent", (1e18, "attempt_started", {}))
+    for command in ("timeline", "events", "goodput", "status"):
+        assert printed(home, command, "toy")
 
 
 def test_status_as_json(home: Path) -> None:

@@ -55,7 +55,7 @@ def trained(run: Run, at: float, first: int, last: int, **how: Any) -> Attempt:
     attempt = claim(run, at, **how)
     rank(attempt, "workload_built", at + 14, seconds=4.0)
     rank(attempt, "restored", at + 16, seconds=2.0, step=first)
-    rank(attempt, "training_started", at + 17, step=first, total_steps=100)
+    rank(attempt, "training_started", at + 17, step=first, total_steps=20)
     for number in range(first + 1, last + 1):
         step(attempt, number, at + 17 + number - first)
     return attempt

@@ -136,7 +136,7 @@ def lived(run: Run) -> Run:
 
 
 def configured(run: Run) -> None:
-    train = {"steps": 20, "eval_every": 20, "schedule": {"warmup_steps": 2}}
+    train = {"steps": 30, "eval_every": 20, "schedule": {"warmup_steps": 2}}  # 20 are what its loop made
     (run.path / "config.yaml").write_text(config("test", train=train).to_yaml())
 
 

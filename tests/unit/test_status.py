@@ -76,6 +76,15 @@ def test_phases_follow_the_events(run: Run) -> None:
     ]  # fmt: skip
 
 
+def test_a_loop_of_ones_own_knows_its_steps_better_than_the_config(run: Run) -> None:
+    attempt = run.claim_attempt("1", "local")
+    tell(attempt, "agent", "attempt_started", total_steps=100)
+    assert run_status(run).total_steps == 100
+    tell(attempt, "rank0", "training_started", step=0, total_steps=600)
+    tell(run.claim_attempt("2", "local"), "agent", "attempt_started", NOW + 50, total_steps=100)
+    assert run_status(run).total_steps == 600, "also while the next attempt starts"
+
+
 def test_stalled(run: Run) -> None:
     attempt = run.claim_attempt("1", "local")
     tell(attempt, "agent", "attempt_started", total_steps=100)

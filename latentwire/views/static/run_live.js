@@ -9,7 +9,7 @@
   const ACTIONS = [
     ["save", "Save now", `Let ${name} save now and go on?`],
     ["preempt", "Preempt", `Send ${name} the notice of a preemption? It saves and leaves, and is started again.`],
-    ["cancel", "Cancel", `Let ${name} save and leave, and start it no more?`],
+    ["cancel", "Cancel run", `Let ${name} save and leave, and start it no more?`],
   ];
 
   async function act(action, button) {
