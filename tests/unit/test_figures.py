@@ -29,8 +29,12 @@ def test_what_is_no_number_is_none_to_each_reader(value: object) -> None:
 def test_a_number_is_itself(value: float) -> None:
     assert number(value) == value
     assert type(number(value)) is type(value)
-    assert time_of({"time": value}) == value
     assert figure(value) == pytest.approx(value)
+
+
+@pytest.mark.parametrize(("value", "time_s"), [(0, 0), (-3, -3), (2e9, 2e9), (1 << 60, 0), (-1e18, 0), (1e299, 0)])
+def test_a_time_is_one_that_a_calendar_knows(value: float, time_s: float) -> None:
+    assert time_of({"time": value}) == time_s
 
 
 def test_only_a_whole_number_is_a_step() -> None:
