@@ -48,7 +48,7 @@ def main() -> None:
                 print(f"| {way[0]} | out of memory |{' - |' * 5}", flush=True)
             gc.collect()  # or the next pair finds no room
             torch.cuda.empty_cache()
-    if device.type == "cuda":
+    if device.type == "cuda" and rows:
         rows.append(limit(options.batch * rows[-1]["flops_per_sample"]))
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(rows, indent=1))

@@ -15,7 +15,6 @@ from latentwire.run.figures import number
 from latentwire.run.goodput import PRODUCTIVE, Ledger
 from latentwire.run.journal import read_journal
 from latentwire.run.simulation import Costs, Policy, Window
-from latentwire.run.status import run_status
 
 _START = ("starting", "loading", "restoring")
 _TRAINING_WAITS = ("last", "notice")
@@ -71,13 +70,12 @@ def policy_of(run: Run) -> Policy:
         ConfigError, RunError: its config cannot be read.
     """
     config, events = run.config(), _rank_events(run)
-    interval_s = config.checkpoint.interval_s
+    chosen, interval_s = _known(events["interval_chosen"], "seconds"), config.checkpoint.interval_s
     if interval_s == "auto":
-        chosen = events["interval_chosen"]
-        interval_s = float(chosen[-1]["seconds"]) if chosen else None
+        interval_s = chosen[-1] if chosen else None
     evaluate_every = config.train.eval_every if events["evaluation_finished"] else None
-    total = run_status(run).total_steps or config.train.steps
-    return Policy(total, interval_s, config.checkpoint.interval_steps, evaluate_every)
+    total = next(reversed(_known(events["training_started"], "total_steps")), config.train.steps)
+    return Policy(int(total), interval_s, config.checkpoint.interval_steps, evaluate_every)
 
 
 def windows_of(ledger: Ledger, grace_s: float) -> list[Window]:
@@ -138,15 +136,20 @@ def _is_duration(value: Any) -> bool:
 
 def _rank_events(run: Run) -> Mapping[str, list[dict[str, Any]]]:
     """Rank 0's events over all attempts, by name; none of a name that did not occur."""
-    names = ("save_staged", "save_committed", "evaluation_finished", "interval_chosen")
+    names = ("training_started", "save_staged", "save_committed", "evaluation_finished", "interval_chosen")
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for attempt in run.attempts():
         for event in read_journal(attempt.path / "events.rank0.jsonl"):
-            if event.get("event") in found and number(event.get("seconds")) is not None:
+            if event.get("event") in found:
                 found[str(event["event"])].append(event)
     return found
 
 
 def _mean(events: Iterable[Mapping[str, Any]]) -> float:
-    seconds = [float(event["seconds"]) for event in events]
+    seconds = _known(events, "seconds")
     return statistics.fmean(seconds) if seconds else 0.0
+
+
+def _known(events: Iterable[Mapping[str, Any]], key: str) -> list[float]:
+    """A figure of those that have it."""
+    return [value for event in events if (value := number(event.get(key))) is not None]

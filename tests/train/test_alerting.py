@@ -126,6 +126,7 @@ def test_the_orchestrator_tells_of_a_run_that_it_gives_up(tmp_path: Path) -> Non
         )
         ended = orchestrate(tmp_path, "--config", config)
         assert ended.returncode == 1
+        assert "hopeless: FAILED" in ended.stdout[ended.stdout.rindex("given up") :], "its last words know it too"
         (message,) = webhook.messages
     run = open_run("hopeless", tmp_path / "runs")
     assert (message["alert"], message["state"], message["run"], message["attempt"]) == (

@@ -91,6 +91,11 @@ def test_a_server_that_refuses_is_told_of_once(run: Run) -> None:
         assert deliver(run, ALERT, ALERT, webhook=url) == [("webhook", "no connection: Connection refused")]
 
 
+def test_a_server_that_never_answers_is_told_of_as_such(run: Run) -> None:
+    with Webhook(answer=0).open() as webhook:
+        assert deliver(run, ALERT, webhook=webhook.url) == [("webhook", "no answer within 0.3 s")]
+
+
 @pytest.mark.parametrize("url", ["http://127.0.0.1:99999/secret", "http://[secret/", "http://127.0.0.1:secret/"])
 def test_a_url_that_is_none_is_not_repeated(run: Run, url: str) -> None:
     ((sink, reason),) = deliver(run, ALERT, webhook=url)

@@ -85,7 +85,9 @@ class FrozenModel:
         first, last = self.devices[0], self.devices[-1]
         tokens = target.tokens.to(first, non_blocking=True)
         embeds = self._assemble(prefix, tokens[:, :-1])  # nothing follows the last, so nobody reads it
-        hidden = self._through_layers(embeds)[:, -tokens.shape[1] :].flatten(0, 1)
+        layers = self.layers if torch.is_grad_enabled() else self.model.get_decoder().layers  # evaluated uncompiled
+        hidden = through_layers(self.model, layers, self.devices, embeds, self.past)
+        hidden = hidden[:, -tokens.shape[1] :].flatten(0, 1)
         predicting = hidden.index_select(0, target.rows.to(last, non_blocking=True))
         states = self.model.get_decoder().norm(predicting)
         weight = self.model.get_output_embeddings().weight
@@ -96,11 +98,6 @@ class FrozenModel:
         embed = self.model.get_input_embeddings()
         parts = [prefix.to(embed.weight.dtype), self.tail.expand(len(tokens), -1, -1), embed(tokens)]
         return torch.cat(parts, dim=1)
-
-    def _through_layers(self, embeds: Tensor) -> Tensor:
-        """(B, L, H) -> (B, L, H), before the last norm. What is evaluated without gradients goes uncompiled."""
-        layers = self.layers if torch.is_grad_enabled() else self.model.get_decoder().layers
-        return through_layers(self.model, layers, self.devices, embeds, self.past)
 
 
 def through_layers(

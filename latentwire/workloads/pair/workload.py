@@ -136,7 +136,7 @@ class PairWorkload:
         copy = latents.detach().requires_grad_()
         losses = {}
         for name in self._frozen:
-            loss = self._frozen[name].loss(self._prefix(name, copy), batch.targets[name]).to(self._device)
+            loss = self._loss(name, self._prefix(name, copy), batch)
             backward(loss / len(self._frozen))
             losses[name] = loss.detach()
         latents.backward(copy.grad)  # scaled already, by the two calls above
@@ -149,15 +149,16 @@ class PairWorkload:
     def _losses(self, latents: Tensor, batch: PairBatch) -> dict[str, Tensor]:
         """Of both models. Each has its prefix before one begins: a copy waits for all that its GPU was given before."""
         prefixes = {name: self._prefix(name, latents) for name in self._frozen}
-        return {
-            name: frozen.loss(prefixes[name], batch.targets[name]).to(self._device)
-            for name, frozen in self._frozen.items()
-        }
+        return {name: self._loss(name, prefix, batch) for name, prefix in prefixes.items()}
 
     def _prefix(self, name: str, latents: Tensor) -> Tensor:
         """Where the model begins."""
         with self._autocast():
             return self._wire.prefix(name, latents).to(self._frozen[name].devices[0])
+
+    def _loss(self, name: str, prefix: Tensor, batch: PairBatch) -> Tensor:
+        """Mean cross-entropy of one model over the target tokens, where the wire is."""
+        return self._frozen[name].loss(prefix, batch.targets[name]).to(self._device)
 
     def _autocast(self) -> contextlib.AbstractContextManager[None]:
         """For the wire, whose weights are float32; the frozen models are in the compute dtype already."""
