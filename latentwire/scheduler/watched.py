@@ -164,7 +164,7 @@ class Watched:
         """Submit it no more; the reason stays on disk, and a person hears of it."""
         self.done = True
         self.journal.event("given_up", reason=reason)
-        self.status = run_status(self.run)
+        self._folded = ()  # the next fold is the last, and nothing new is read before it
         try:
             self._sinks.send(Alert("failed", True, f"given up: {reason}"), self.run.newest_number())
         except RuntimeError as error:  # no thread could be started: the other runs must be looked after all the same

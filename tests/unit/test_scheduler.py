@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from cli_parts import end, make_run
 
 from latentwire.config import SchedulerSection, parse_config
 from latentwire.errors import ConfigError
 from latentwire.scheduler import slurm
 from latentwire.scheduler.job import SlurmAllocation
 from latentwire.scheduler.submission import check_times, scheduler_kind
+from latentwire.scheduler.watched import Watched
 
 NO_CLUSTER = "echo 'scontrol: fatal: Could not establish a configuration source' >&2; exit 1"
 DOWN = "echo 'Slurmctld(primary) at login is DOWN'; exit 1"
@@ -102,3 +104,15 @@ def test_a_fleet_asks_once_whether_there_is_a_cluster(tmp_path: Path, monkeypatc
     configs = [parse_config({"name": name, "workload": {"target": "script"}}, "here") for name in "abc"]
     assert check_times(configs) == {"auto": "slurm"}
     assert asked.read_text() == "ping\n"
+
+
+def test_a_run_that_was_looked_at_before_it_is_given_up_is_known_to_have_failed(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    end(run.claim_attempt("1", "local"), "failed")
+    watched = Watched(run)
+    watched.fold(100.0, 0.0)
+    assert watched.status.state == "RETRYING"
+    watched.give_up("2 times other, 1 allowed")
+    watched.fold(101.0, 0.0)
+    assert (watched.status.state, watched.status.reason) == ("FAILED", "2 times other, 1 allowed")
+    watched.release()
