@@ -14,7 +14,7 @@ import torch
 from latentwire.workloads.base import BuildContext
 from latentwire.workloads.pair import PairWorkload
 from latentwire.workloads.pair.batch import PairBatch, TargetBatch
-from latentwire.workloads.pair.frozen import past_of
+from latentwire.workloads.pair.frozen import read_once
 
 LATENTS = 32
 SIZES: dict[str, dict[str, int]] = {
@@ -62,8 +62,8 @@ def in_chat(workload: PairWorkload) -> None:
         ids = torch.arange(sum(num_tokens), device=frozen.devices[0])[None]
         head, tail = frozen.model.get_input_embeddings()(ids).split(num_tokens, dim=1)
         script = dataclasses.replace(frozen.script, head=tuple(ids[0, : num_tokens[0]].tolist()))
-        past = past_of(frozen.model, head, frozen.devices)
-        workload._frozen[name] = dataclasses.replace(frozen, script=script, past=past, tail=tail)
+        head, past = read_once(frozen.model, head, frozen.devices)
+        workload._frozen[name] = dataclasses.replace(frozen, script=script, head=head, past=past, tail=tail)
 
 
 def batch_of(workload: PairWorkload, size: int, target_tokens: int, source_bytes: int = 512) -> PairBatch:

@@ -1,4 +1,4 @@
-"""One replica over several GPUs: each model alone, and both, on one GPU and on more.
+"""One replica over several GPUs: each model alone, and both, with one and with two micro-batches at once.
 
 ``python benchmarks/split.py [--shape tiny|full] [--micro-batch 32]``
 """
@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,9 +35,10 @@ def main() -> None:
     parser.add_argument("--target-tokens", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
+    os.environ.setdefault("CUDA_SCALE_LAUNCH_QUEUES", "4x")  # as ranks have it that compute two at once
     on_gpu = torch.cuda.is_available()
     make_repeatable(torch.get_num_threads(), deterministic=True)
-    print(f"| models | micro-batch (ms) | samples/s | gradient |\n|{'---|' * 4}")
+    print(f"| models | one at a time (ms) | two at once, each (ms) | samples/s | gradient |\n|{'---|' * 5}")
     for name, devices in layouts(torch.cuda.device_count() if on_gpu else 1, "cuda" if on_gpu else "cpu"):
         measure(options, name, devices)
         if on_gpu:
@@ -67,22 +69,34 @@ def measure(options: argparse.Namespace, name: str, devices: Devices) -> None:
         del workload._frozen[absent]
     batch = on_devices(workload, batch_of(workload, options.micro_batch, options.target_tokens))
     each = list(dict.fromkeys(device for of_model in devices.values() for device in of_model))
-    seconds = seconds_of(warmed(step_of(workload, batch, SideStreams(each))), options.rounds) / IN_A_ROW
-    digest = gradient_digest(workload.trainable)
-    print(f"| {name} | {seconds * 1e3:.1f} | {options.micro_batch / seconds:.1f} | {digest} |", flush=True)
+    seconds, digests = [], set()
+    for in_flight in (1, 2):
+        step = warmed(step_of(workload, batch, SideStreams(each, in_flight)))
+        seconds.append(seconds_of(step, options.rounds) / IN_A_ROW)
+        digests.add(gradient_digest(workload.trainable))
+    cells = [f"{each * 1e3:.1f}" for each in seconds]
+    print(
+        f"| {name} | {' | '.join(cells)} | {options.micro_batch / min(seconds):.1f} | {', '.join(digests)} |",
+        flush=True,
+    )
 
 
 def step_of(workload: PairWorkload, batch: PairBatch, streams: SideStreams) -> Callable[[], None]:
     """Some micro-batches in a row, as the training loop makes them."""
     reduction = Reduction(workload.trainable.parameters(), Ranks(device=workload._device), IN_A_ROW)
 
+    def backward(loss: torch.Tensor) -> None:
+        streams.before_backward()
+        reduction.backward(loss / IN_A_ROW)
+
     def step() -> None:
         workload.trainable.zero_grad()
         for index in range(IN_A_ROW):
             reduction.begin(index)
-            with streams.entered():
-                workload.step(batch, lambda loss: reduction.backward(loss / IN_A_ROW))
-            reduction.end()
+            with streams.micro_batch():
+                workload.step(batch, backward)
+                reduction.end()
+        streams.join()
         reduction.finish()
 
     return step

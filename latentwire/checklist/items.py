@@ -21,6 +21,7 @@ from latentwire.checklist.judges import (
     monitor_is_cheap,
     pair_passes,
     pair_step_is_faster,
+    pipelining_pays,
     reduction_is_cheap,
     saves_cost_little,
     simulator_is_close,
@@ -299,6 +300,13 @@ ITEMS = (
         "A step of the full pair is 1.3 times as fast as a plain transformers loop's, in less memory",
         (sys.executable, "benchmarks/pair_step.py", "--shape", "full"),
         pair_step_is_faster,
+        needs_gpu=True,
+    ),
+    Item(
+        "pipelining",
+        "A model over two GPUs computes two micro-batches at once, faster and with the same bits",
+        (sys.executable, "benchmarks/split.py", "--shape", "full"),
+        pipelining_pays,
         needs_gpu=True,
     ),
     Item(

@@ -60,6 +60,18 @@ def reduction_is_cheap(code: int, output: str) -> Judgement:
     return float(found["ours, exact"]) < 3, f"{found['ours, exact']} % of a step against DDP"
 
 
+def pipelining_pays(code: int, output: str) -> Judgement:
+    """A model over two GPUs, one and two micro-batches at once; the bits of no layout may differ."""
+    rows = re.findall(r"^\| ([^|]+?) \| ([\d.]+) \| ([\d.]+) \| [\d.]+ \| ([^|]+?) \|$", output, re.MULTILINE)
+    found = {name: (float(one), float(two), digests) for name, one, two, digests in rows}
+    if code or "Llama over two" not in found:
+        return False, "it did not run to its end on two GPUs"
+    one, two, digests = found["Llama over two"]
+    same = digests == found["Llama on one"][2] and found["both on one"][2] == found["Llama, Qwen on one each"][2]
+    figure = f"Llama over two GPUs: {two:.0f} ms a micro-batch instead of {one:.0f}; "
+    return same and two < 0.9 * one, figure + ("the same bits" if same else "other bits")
+
+
 def simulator_is_close(code: int, output: str) -> Judgement:
     """Goodput foretold against measured, of the same drill."""
     found = re.search(r"^goodput measured .* its own costs .*: ([+-][\d.]+) % off$", output, re.MULTILINE)

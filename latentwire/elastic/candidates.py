@@ -13,6 +13,9 @@ from latentwire.elastic.schedule import MAX_REPLICAS, num_slots
 from latentwire.errors import ConfigError
 
 MAX_GPUS_PER_REPLICA = 4
+_PAYS = 0.99
+"""Two micro-batches at once take twice the memory of activations: not for less than this."""
+
 _GUESSES = (8, 4, 2, 1)
 """Micro-batches where nothing is known of the workload."""
 
@@ -29,6 +32,7 @@ class Job:
         footprint: what the workload takes; None: it does not say.
         halvings: how often the micro-batch is to be halved, as the run went out of memory.
         micro_batch: that an earlier attempt found, for ``train.micro_batch: auto``.
+        one_at_a_time: no two micro-batches of a replica at once; the run went out of memory with two.
     """
 
     config: Config
@@ -38,6 +42,7 @@ class Job:
     footprint: Footprint | None
     halvings: int
     micro_batch: int | None
+    one_at_a_time: bool
 
     @property
     def is_free(self) -> bool:
@@ -89,7 +94,7 @@ class Candidate:
         gpus: of each rank, by their number on its node; empty: the CPU.
         nodes: of each rank.
         modules: as in ``Placement``.
-        micro_batch, num_micro_batches, gradient_checkpointing: as in ``Placement``.
+        micro_batch, num_micro_batches, gradient_checkpointing, in_flight: as in ``Placement``.
         precision: of the forward and backward pass.
         pace: samples per second, or a figure in proportion to it where the chips are not known.
         samples_per_s: the same where they are known.
@@ -105,6 +110,7 @@ class Candidate:
     num_micro_batches: int
     gradient_checkpointing: bool
     precision: str
+    in_flight: int = 1
     pace: float = 0.0
     samples_per_s: float | None = None
     peak_bytes: tuple[int, ...] | None = None
@@ -272,19 +278,30 @@ def _weigh(
     job: Job, modules: Modules, gpus: tuple[tuple[int, ...], ...], nodes: tuple[int, ...], choices: Sequence[int]
 ) -> Candidate:
     """The largest micro-batch that fits, without checkpointing if any fits so; else the closest that there is."""
-    assert job.footprint is not None
+    footprint = job.footprint
+    assert footprint is not None
     smallest = tuple(min(each, key=lambda gpu: job.gpus[gpu].memory_bytes) for each in zip(*gpus, strict=True))
     targets = tuple(round(job.config.elastic.memory_target * job.gpus[gpu].memory_bytes) for gpu in smallest)
     found = _largest(job, modules, targets, choices)
     micro_batch, checkpointing = found or (choices[-1], _checkpointings(job)[-1])
-    train = job.config.train
-    speeds = job.flops_per_s
-    seconds = max(
-        footprints.seconds_per_sample(job.footprint, modules, checkpointing, [speeds[gpu] for gpu in replica])
-        for replica in gpus
-    )
-    num_micro_batches = train.global_batch // micro_batch
-    pace = train.global_batch / (num_slots(len(gpus), num_micro_batches) * micro_batch * (seconds or 1.0))
+    num_micro_batches = job.config.train.global_batch // micro_batch
+    in_a_row = num_slots(len(gpus), num_micro_batches)
+    speeds = [[job.flops_per_s[gpu] for gpu in replica] for replica in gpus]
+
+    def seconds(in_flight: int) -> float:
+        of_replicas = [
+            footprints.seconds_per_sample(footprint, modules, checkpointing, each, in_flight, in_a_row)
+            for each in speeds
+        ]
+        return max(of_replicas) or 1.0
+
+    def peaks(in_flight: int) -> tuple[int, ...]:
+        return footprints.predict(footprint, modules, micro_batch, checkpointing, in_flight)
+
+    may = not job.is_free and not job.one_at_a_time  # what is to be found is found with one
+    pays = may and seconds(2) < _PAYS * seconds(1)
+    in_flight = 2 if pays and all(peak <= target for peak, target in zip(peaks(2), targets, strict=True)) else 1
+    pace = job.config.train.global_batch / (in_a_row * micro_batch * seconds(in_flight))
     return Candidate(
         gpus,
         nodes,
@@ -293,9 +310,10 @@ def _weigh(
         num_micro_batches,
         checkpointing,
         _precision(job, [gpu for replica in gpus for gpu in replica]),
+        in_flight,
         pace,
         None if job.why_no_pace else pace,
-        footprints.predict(job.footprint, modules, micro_batch, checkpointing),
+        peaks(in_flight),
         smallest,
         targets,
     )

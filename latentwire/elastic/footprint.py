@@ -201,29 +201,39 @@ def weights_bytes(footprint: Footprint, modules: Modules) -> tuple[int, ...]:
     return tuple(sum(p.weights_bytes for p in parts if p.place == place) for place in range(num_places(modules)))
 
 
-def predict(footprint: Footprint, modules: Modules, micro_batch: int, checkpointing: bool) -> tuple[int, ...]:
-    """Peak bytes on each place of a replica, all that the driver counts. Rises with ``micro_batch``."""
+def predict(
+    footprint: Footprint, modules: Modules, micro_batch: int, checkpointing: bool, in_flight: int = 1
+) -> tuple[int, ...]:
+    """Peak bytes on each place of a replica, all that the driver counts. Rises with both numbers."""
     parts = _parts(footprint, modules)
     return tuple(
-        _standing(footprint, parts, place) + _fleeting(footprint, parts, place, micro_batch, checkpointing)
+        _standing(footprint, parts, place) + in_flight * _fleeting(footprint, parts, place, micro_batch, checkpointing)
         for place in range(num_places(modules))
     )
 
 
 def seconds_per_sample(
-    footprint: Footprint, modules: Modules, checkpointing: bool, flops_per_s: Sequence[float]
+    footprint: Footprint,
+    modules: Modules,
+    checkpointing: bool,
+    flops_per_s: Sequence[float],
+    in_flight: int = 1,
+    num_micro_batches: int = 1,
 ) -> float:
     """Both passes of one sample on a replica whose places compute so fast; exchange and optimizer not counted.
 
     A module that lies over several places is there once at a time. Modules on different places run at the same time.
-    The trained part runs before and after them.
+    The trained part runs before and after them. Of several micro-batches in a row the second and all later ones begin
+    when there is room: where ``in_flight`` others are under way, or the place with the most work is ready for it.
     """
     parts = _parts(footprint, modules)
     seconds = {part: part.flops(checkpointing) / flops_per_s[part.place] for part in parts}
     of_module = [sum(s for p, s in seconds.items() if p.module is module) for module in footprint.modules]
     of_place = [sum(s for p, s in seconds.items() if p.place == place) for place in range(num_places(modules))]
-    frozen = max(of_module + of_place, default=0.0)
-    return footprint.trained.flops / flops_per_s[0] + frozen
+    trained = footprint.trained.flops / flops_per_s[0]
+    alone = trained + max(of_module + of_place, default=0.0)
+    busiest = max([trained + of_place[0], *of_place[1:]])
+    return (alone + (num_micro_batches - 1) * max(busiest, alone / in_flight)) / num_micro_batches
 
 
 def num_places(modules: Modules) -> int:
@@ -231,7 +241,7 @@ def num_places(modules: Modules) -> int:
     return 1 + max((place for places in modules.values() for place in places), default=0)
 
 
-def fitted(footprint: Footprint, probe: Probe, modules: Modules, checkpointing: bool) -> Footprint:
+def fitted(footprint: Footprint, probe: Probe, modules: Modules, checkpointing: bool, in_flight: int = 1) -> Footprint:
     """Scale the activations to what was measured on the first place, which has the trained part.
 
     Args:
@@ -239,10 +249,11 @@ def fitted(footprint: Footprint, probe: Probe, modules: Modules, checkpointing: 
         probe: what was measured.
         modules: how the replica was laid out.
         checkpointing: whether activations were recomputed.
+        in_flight: micro-batches at once.
     """
     plain = dataclasses.replace(footprint, activation_scale=1.0, more_bytes=0)
     parts = _parts(plain, modules)
-    activations = _fleeting(plain, parts, 0, probe.micro_batch, checkpointing)
+    activations = in_flight * _fleeting(plain, parts, 0, probe.micro_batch, checkpointing)
     measured = probe.peak_bytes - _standing(plain, parts, 0)
     if measured <= 0:  # less than the weights alone should take
         return dataclasses.replace(plain, more_bytes=measured - activations)

@@ -34,6 +34,7 @@ class Placement:
         num_micro_batches: micro-batches of one step over all ranks; times ``micro_batch`` it is the global batch.
         probe_up_to: the ranks find the micro-batch before they train, and try none larger; None: it is known.
         gradient_checkpointing: activations are recomputed in the backward pass.
+        in_flight: micro-batches that a replica over several GPUs computes at once.
         samples_per_s: expected, over all ranks; None: the workload's footprint is not known.
         peak_bytes: expected on each of a rank's devices; None as above.
         why: in words.
@@ -46,6 +47,7 @@ class Placement:
     num_micro_batches: int
     probe_up_to: int | None
     gradient_checkpointing: bool
+    in_flight: int
     samples_per_s: float | None
     peak_bytes: tuple[int, ...] | None
     why: str
@@ -116,6 +118,7 @@ class Weighed:
             num_micro_batches=chosen.num_micro_batches,
             probe_up_to=self.job.most_to_probe if self.job.gpus and self.job.is_free else None,
             gradient_checkpointing=chosen.gradient_checkpointing,
+            in_flight=chosen.in_flight,
             samples_per_s=chosen.samples_per_s,
             peak_bytes=chosen.peak_bytes,
             why=self.why,
@@ -130,6 +133,7 @@ def weigh(
     num_nodes: int = 1,
     num_gpus: int | None = None,
     micro_batch: int | None = None,
+    one_at_a_time: bool = False,
 ) -> Weighed:
     """All that can be done with the GPUs, and what is best; nodes are taken to be alike. Called by the agent.
 
@@ -141,6 +145,7 @@ def weigh(
         num_nodes: of the job.
         num_gpus: that the scheduler gave the job on each node, also where no GPU is seen; None: all that it sees.
         micro_batch: what an earlier attempt found for ``train.micro_batch: auto``.
+        one_at_a_time: the run went out of memory with two micro-batches of a replica at once.
 
     Raises:
         ConfigError: more ranks or GPUs than there are, or a micro-batch that cannot be halved again.
@@ -154,7 +159,7 @@ def weigh(
     if any(gpu.is_mig for gpu in usable):
         _refuse_slices(config, num_nodes)
         usable, num_ranks = usable[:1], min(num_ranks, num_nodes)
-    job = Job(config, usable, num_ranks, num_nodes, footprint, halvings, micro_batch)
+    job = Job(config, usable, num_ranks, num_nodes, footprint, halvings, micro_batch, one_at_a_time)
     found = tuple(candidates(job))
     fitting = [candidate for candidate in found if candidate.fits]
     best = max((candidate.pace for candidate in fitting), default=0.0)

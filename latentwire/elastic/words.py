@@ -100,6 +100,8 @@ def _what(job: Job, chosen: Candidate) -> str:
         words += f": {layout(chosen)}"
     if chosen.gradient_checkpointing:
         words += ", with gradient checkpointing"
+    if chosen.in_flight > 1:
+        words += f", {chosen.in_flight} micro-batches at once"
     return words
 
 

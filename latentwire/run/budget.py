@@ -6,6 +6,7 @@ import collections
 import dataclasses
 from typing import TYPE_CHECKING
 
+from latentwire.run.atomic import read_json
 from latentwire.run.directory import Attempt, Run
 from latentwire.run.journal import read_journal, time_of
 
@@ -79,8 +80,22 @@ def committed_step(attempt: Attempt) -> int:
 
 
 def num_halvings(run: Run, since: int = 0) -> int:
-    """How often the run went out of memory from that attempt on: so often its micro-batch is halved."""
-    return sum(verdict_of(attempt).cause == "oom" for attempt in run.attempts() if attempt.number >= since)
+    """How often the run went out of memory from that attempt on: so often its micro-batch is halved.
+
+    Not where two micro-batches were computed at once; one at a time comes first, which changes no bit.
+    """
+    later = [attempt for attempt in run.attempts() if attempt.number >= since]
+    return sum(verdict_of(attempt).cause == "oom" and _in_flight(attempt) == 1 for attempt in later)
+
+
+def had_too_many_at_once(run: Run) -> bool:
+    """Whether memory ran out while a replica computed several micro-batches at once."""
+    return any(verdict_of(attempt).cause == "oom" and _in_flight(attempt) > 1 for attempt in run.attempts())
+
+
+def _in_flight(attempt: Attempt) -> int:
+    placement = read_json(attempt.path / "placement.json")
+    return int(placement.get("in_flight", 1)) if isinstance(placement, dict) else 1
 
 
 def next_move(run: Run, retry: RetrySection) -> Move:

@@ -23,7 +23,7 @@ from latentwire.monitor.stats import stats_files
 from latentwire.preemption.forecast import Grace, as_event, forecast, measured_before
 from latentwire.preemption.handler import PreemptionHandler
 from latentwire.run.atomic import read_json, write_json
-from latentwire.run.budget import Verdict, next_move, num_halvings, verdict_of
+from latentwire.run.budget import Verdict, had_too_many_at_once, next_move, num_halvings, verdict_of
 from latentwire.run.directory import Attempt, Run
 from latentwire.run.journal import Journal
 from latentwire.run.rollup import summarise_metrics
@@ -171,6 +171,7 @@ class _Supervision:
             num_nodes=self.allocation.num_nodes,
             num_gpus=self.allocation.num_gpus,
             micro_batch=recorded.get("micro_batch"),
+            one_at_a_time=had_too_many_at_once(self.run),
         )
         footprint = footprint_of(self.config)
         corrected = self._corrected(footprint)
@@ -191,7 +192,7 @@ class _Supervision:
             seen = read_json(attempt.path / "memory.json")
             if isinstance(seen, dict):
                 probe = Probe(seen["micro_batch"], seen["peak_bytes"][0])
-                return fitted(footprint, probe, seen["modules"], seen["gradient_checkpointing"])
+                return fitted(footprint, probe, seen["modules"], seen["gradient_checkpointing"], seen["in_flight"])
         return footprint
 
     def _record_environment(self, inventory: Inventory) -> None:

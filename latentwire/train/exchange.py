@@ -10,6 +10,7 @@ from torch import Tensor
 
 from latentwire.elastic import schedule
 from latentwire.train.ranks import Ranks, Work
+from latentwire.train.side_streams import let_go
 
 Sums = dict[range, Tensor]
 """By the micro-batches whose gradients they are the sum of: rows of float32 numbers."""
@@ -70,7 +71,9 @@ class ExactExchange(Exchange):
         """Add neighbours of which the canonical order adds just these two."""
         for left, right in self._additions:
             if left in sums and right in sums:
-                sums[range(left.start, right.stop)] = sums.pop(left).add_(sums.pop(right))
+                added = sums.pop(right)
+                sums[range(left.start, right.stop)] = sums.pop(left).add_(added)
+                let_go(added)
 
     def launch(self, sums: Sums, numel: int, device: torch.device) -> UnderWay:
         """To each rank its part of all blocks: an all-to-all."""

@@ -89,6 +89,7 @@ class Training:
         )
         self.scheduler = LambdaLR(self.optimizer, lr_factor(self.config.schedule, self.config.steps))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+        self.scaler.scale(torch.zeros((), device=self.device))  # made now, not on the stream of a micro-batch
         self.session.track(model=model, optimizer=self.optimizer, scheduler=self.scheduler, scaler=self.scaler)
         self.ema: AveragedModel | None = None
         if self.config.ema_decay is not None:
@@ -101,7 +102,7 @@ class Training:
             micro_batch=self.micro_batch,
             collate=self.workload.collate,
         )
-        self.share.lay_over(self.devices)
+        self.share.lay_over(self.devices, self.placement.in_flight)
 
     def run(self) -> None:
         """Resume and train to the last step."""
@@ -227,6 +228,7 @@ class Training:
             measured = {
                 "micro_batch": self.micro_batch,
                 "gradient_checkpointing": self.placement.gradient_checkpointing,
+                "in_flight": self.placement.in_flight,
                 "modules": self.placement.modules,
                 "peak_bytes": [peak_bytes(device) for device in self.devices],
             }

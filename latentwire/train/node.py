@@ -99,7 +99,7 @@ class NodeProcesses:
             self._start_monitor()
             self._trackers.start()
             for local_rank, rank in enumerate(placement.ranks_on(self._allocation.node_rank)):
-                self._start_rank(rank, local_rank, placement.world_size, rendezvous)
+                self._start_rank(rank, local_rank, placement, rendezvous)
 
     def _start_monitor(self) -> None:
         suffix = node_suffix(self._allocation)
@@ -113,13 +113,14 @@ class NodeProcesses:
             start_new_session=True,
         )
 
-    def _start_rank(self, rank: int, local_rank: int, world_size: int, rendezvous: Rendezvous) -> None:
+    def _start_rank(self, rank: int, local_rank: int, placement: Placement, rendezvous: Rendezvous) -> None:
         environ = os.environ | {
             **network_variables(rendezvous, os.environ),
+            **launch_variables(placement, os.environ),
             AGENT_PID: str(os.getpid()),
             "RANK": str(rank),
             "LOCAL_RANK": str(local_rank),
-            "WORLD_SIZE": str(world_size),
+            "WORLD_SIZE": str(placement.world_size),
             "MASTER_ADDR": rendezvous.address,
             "MASTER_PORT": str(rendezvous.port),
             "PYTHONUNBUFFERED": "1",
@@ -273,6 +274,16 @@ def network_variables(rendezvous: Rendezvous, environ: Mapping[str, str]) -> dic
         return {}
     loopback = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "=lo"}  # NCCL takes a plain name for a beginning
     return {name: value for name, value in loopback.items() if name not in environ}
+
+
+def launch_variables(placement: Placement, environ: Mapping[str, str]) -> dict[str, str]:
+    """Room for the launches of the next micro-batch while those of this one wait for another GPU.
+
+    A GPU takes about 1,000 launches ahead, then a launch blocks the host. Only where that is in the way: larger queues
+    have made other programs hang (llama.cpp, pull request 19230). What the user has set in ``environ`` stands.
+    """
+    name = "CUDA_SCALE_LAUNCH_QUEUES"
+    return {name: "4x"} if placement.in_flight > 1 and name not in environ else {}
 
 
 def _log_name(stream: str, rank: int) -> str:

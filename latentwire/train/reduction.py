@@ -19,6 +19,7 @@ from latentwire.elastic import schedule
 from latentwire.errors import WorkloadError
 from latentwire.train.exchange import ExactExchange, Exchange, PlainExchange, UnderWay
 from latentwire.train.ranks import Ranks
+from latentwire.train.side_streams import let_go
 
 _ALIGNED = 64
 """Every parameter begins at a multiple of so many numbers, so that kernels read all alike."""
@@ -186,6 +187,7 @@ class _Bucket:
         for parameter, start in self._starts.items():
             if parameter.grad is not None:
                 _view(flat, start, parameter).copy_(parameter.grad)
+                let_go(parameter.grad)
                 parameter.grad = None
         self._sums[span] = flat
         self._exchange.fold(self._sums)

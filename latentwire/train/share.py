@@ -43,9 +43,9 @@ class Share:
         self._next_step = 0
         self._is_reduced = True
 
-    def lay_over(self, devices: Sequence[torch.device]) -> None:
-        """Compute micro-batches over these GPUs, on streams of their own. Called before the first."""
-        self._streams = SideStreams(devices)
+    def lay_over(self, devices: Sequence[torch.device], in_flight: int) -> None:
+        """Compute micro-batches over these GPUs, so many at once. Called before the first; the placement decides."""
+        self._streams = SideStreams(devices, in_flight)
 
     def __iter__(self) -> Iterator[Any]:
         """This rank's micro-batches of the present step; on some ranks possibly none. Every rank.
@@ -70,9 +70,11 @@ class Share:
                 batch = next(self._batches)
             randomness.seed_everything(derive_seed(session.config.seed, "step", session.step, self.index))
             self._reduction.begin(self.index)
-            with session.clock("forward_backward"), self._streams.entered():
-                yield batch
-            self._reduction.end()
+            with self._streams.micro_batch():
+                with session.clock("forward_backward"):
+                    yield batch
+                self._reduction.end()
+        self._streams.join()
         # from here to the next micro-batch the same on every rank
         randomness.seed_everything(derive_seed(session.config.seed, "boundary", session.step))
 
@@ -82,6 +84,7 @@ class Share:
         Raises:
             WorkloadError: more often than in earlier micro-batches, and the gradients are on their way already.
         """
+        self._streams.before_backward()
         self._reduction.backward(loss / self.num_micro_batches)
 
     def reduce(self) -> None:
@@ -103,8 +106,9 @@ class Share:
     def rehearsal(self) -> Iterator[None]:
         """Inside, one micro-batch may be computed whose gradients the caller throws away."""
         self._reduction.begin(None)
-        with self._streams.entered():
+        with self._streams.micro_batch():
             yield
+        self._streams.join()
         self._reduction.end()
 
     def close(self) -> None:

@@ -26,7 +26,7 @@ from latentwire.workloads.pair.footprint import (
     DecoderShape,
     num_wire_parameters,
 )
-from latentwire.workloads.pair.frozen import FrozenModel, error_function, past_of, trained_through
+from latentwire.workloads.pair.frozen import FrozenModel, error_function, trained_through
 from latentwire.workloads.pair.options import WireOptions
 from latentwire.workloads.pair.tokenizer import DIALECTS, Script, make_script, train_tokenizer
 from latentwire.workloads.pair.wire import LatentWire
@@ -132,8 +132,8 @@ def frozen(name: str, dtype: torch.dtype, checkpointed: bool) -> FrozenModel:
     model = family.model_class._from_config(family.config("tiny"), dtype=dtype, attn_implementation=install())
     layers = trained_through(model.requires_grad_(False).eval(), compiled=False, checkpointed=checkpointed)
     head, tail = (torch.zeros(1, length, model.config.hidden_size, dtype=dtype) for length in (1, 0))
-    past, script = past_of(model, head, (cpu,)), cast(Script, None)
-    return FrozenModel(name, model, Path(), script, past, tail, (cpu,), layers, error_function(False))
+    past: tuple[None, ...] = (None,) * len(layers)
+    return FrozenModel(name, model, Path(), cast(Script, None), head, past, tail, (cpu,), layers, error_function(False))
 
 
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])

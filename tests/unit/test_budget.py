@@ -8,7 +8,8 @@ import pytest
 from run_parts import end_attempt
 
 from latentwire.config import RetrySection
-from latentwire.run.budget import next_move, num_halvings, verdict_of
+from latentwire.run.atomic import write_json
+from latentwire.run.budget import had_too_many_at_once, next_move, num_halvings, verdict_of
 from latentwire.run.directory import Run
 
 RETRY = RetrySection(oom=2, network=3, network_backoff_s=5.0, other=1, lost=2)
@@ -80,6 +81,16 @@ def test_every_time_out_of_memory_halves_the_micro_batch(run: Run) -> None:
     end_attempt(run, "failed", "oom", committed=2)
     assert num_halvings(run) == 2
     assert [num_halvings(run, since=number) for number in (1, run.newest_number() + 1)] == [2, 0]
+
+
+def test_out_of_memory_with_two_micro_batches_at_once_takes_one_first(run: Run) -> None:
+    attempt = end_attempt(run, "failed", "oom")
+    assert not had_too_many_at_once(run)
+    write_json(attempt.path / "placement.json", {"in_flight": 2})
+    assert (had_too_many_at_once(run), num_halvings(run)) == (True, 0)
+    attempt = end_attempt(run, "failed", "oom")
+    write_json(attempt.path / "placement.json", {"in_flight": 1})
+    assert (had_too_many_at_once(run), num_halvings(run)) == (True, 1)
 
 
 def test_an_attempt_without_a_word_is_lost(run: Run) -> None:

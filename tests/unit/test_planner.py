@@ -60,7 +60,7 @@ def test_more_ranks_than_there_is_room_for(num_ranks: int, num_gpus: int) -> Non
         (None, 4, 2, 4, ["cuda:0", "cuda:1", "cuda:0", "cuda:1"], [0, 0, 1, 1]),
         (None, 1, 2, None, ["cuda:0", "cuda:0"], [0, 1]),
         (3, 2, 2, 2, ["cuda:0", "cuda:1", "cuda:0"], [0, 0, 1]),
-        (1, 2, 2, 2, ["cuda:0"], [0]),
+        (1, 1, 2, 1, ["cuda:0"], [0]),
     ],
 )
 def test_ranks_are_spread_over_nodes_in_order(
@@ -191,9 +191,34 @@ def test_samples_per_second_follow_from_the_data_sheet() -> None:
     checkpointed = best("1xH100-80GB", train={"gradient_checkpointing": True})
     assert checkpointed.samples_per_s == pytest.approx(whole / 1.5), "a third pass beside two"
     only = Footprint((LARGE,), TRAINED)
-    cut = best("2xH100-18GB", only, micro_batch=1, elastic={"memory_target": 0.85})
+    cut = best("2xH100-18GB", only, micro_batch=8, global_batch=8, elastic={"memory_target": 0.85})
     assert cut.modules == {"large": (0, 1)}
     assert cut.samples_per_s == pytest.approx(2 * whole), "what is cut is not faster than what is whole"
+
+
+def test_two_micro_batches_at_once_where_it_pays_and_fits() -> None:
+    only, cut = Footprint((LARGE,), TRAINED), {"memory_target": 0.85}
+    two = best("2xH100-18GB", only, micro_batch=4, elastic=cut)
+    alone = plan(config(micro_batch=4, elastic=cut), has("2xH100-18GB"), only, one_at_a_time=True)
+    assert (two.modules, two.in_flight, alone.in_flight) == ({"large": (0, 1)}, 2, 1)
+    assert "2 micro-batches at once" in two.why
+    assert two.samples_per_s == pytest.approx(alone.samples_per_s * 8 / (1 + 7 / 2)), "the first of 8 fills the line"
+    assert two.peak_bytes is not None
+    assert alone.peak_bytes is not None
+    for one, both in zip(alone.peak_bytes, two.peak_bytes, strict=True):
+        assert both - one == pytest.approx(2 * GB, rel=0.1), "activations of four more samples"
+    full = best("2xH100-18GB", only, micro_batch=8, elastic=cut)
+    assert (full.modules, full.in_flight) == ({"large": (0, 1)}, 1), "8 GB of activations are too many"
+    assert best("2xH100-18GB", only, micro_batch=4, global_batch=4, elastic=cut).in_flight == 1, "there is one only"
+    assert best("2xH100-40GB", PAIR).in_flight == 1, "a model on each: no place waits"
+
+
+def test_what_auto_is_to_find_is_found_one_at_a_time() -> None:
+    only, how = Footprint((LARGE,), TRAINED), {"micro_batch": "auto", "global_batch": 64}
+    first = plan(config(**how), has("2xH100-18GB"), only)
+    later = plan(config(**how), has("2xH100-18GB"), only, micro_batch=1)
+    assert (is_probed(first), first.in_flight) == (True, 1)
+    assert (is_probed(later), later.in_flight) == (False, 2)
 
 
 def test_an_unknown_chip_has_no_pace_and_yet_a_plan() -> None:

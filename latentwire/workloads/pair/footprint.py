@@ -174,8 +174,8 @@ class DecoderShape:
 def _frozen(name: str, shape: DecoderShape, options: Options, number_bytes: int) -> FrozenModule:
     model: ModelOptions = getattr(options, name)
     targets = options.data.max_target_tokens
-    num_past = HEAD_TOKENS if model.use_chat_template else 1
-    length = options.wire.latent_len + (TAIL_TOKENS if model.use_chat_template else 0) + targets - 1
+    num_past = HEAD_TOKENS if model.use_chat_template else 0
+    length = options.wire.latent_len + (TAIL_TOKENS if model.use_chat_template else 1) + targets - 1
     products, attention = 2 * length * shape.matrix_parameters, shape.attention_flops(num_past + length)
     return FrozenModule(
         name,

@@ -21,10 +21,14 @@ from latentwire.workloads.pair.batch import TargetBatch
 from latentwire.workloads.pair.cross_entropy import Errors, cross_entropy, errors
 from latentwire.workloads.pair.digests import folder_digest, module_digest
 from latentwire.workloads.pair.folders import has_weights
+from latentwire.workloads.pair.hop import hop
 from latentwire.workloads.pair.tokenizer import Script
 
 Layer: TypeAlias = Callable[..., Tensor]
 _MOST_SHAPES = 64
+_SHORTEST_PAST = 8
+"""Tokens. To put the keys and values of fewer before those of each sample takes longer than to compute them with it."""
+
 COMPILED: dict[str, Any] = {"fullgraph": True, "dynamic": False, "options": {"deterministic": True}}
 """One graph per shape, and no kernel chosen by timing: the bits of a shape never depend on what was run before."""
 
@@ -36,8 +40,9 @@ class FrozenModel:
     Attributes:
         folder: what it was loaded from; holds only a tokenizer where the weights were drawn in place.
         script: its tokens.
+        head: (1, n, H) embeddings of the script's head; of none where ``past`` has it.
         past: of each layer, the keys and values of the script's head, which no sample and no training changes; None
-            where there is no head.
+            where it is short.
         tail: (1, n, H) embeddings of the script's tail.
         devices: the embedding is on the first, the output layer on the last, the layers over all in order.
         layers: what a pass with gradients goes through.
@@ -48,6 +53,7 @@ class FrozenModel:
     model: PreTrainedModel
     folder: Path
     script: Script
+    head: Tensor
     past: tuple[KeysValues | None, ...]
     tail: Tensor
     devices: tuple[torch.device, ...]
@@ -94,10 +100,10 @@ class FrozenModel:
         return cross_entropy(states, weight, target.labels.to(last, non_blocking=True), self.errors)
 
     def _assemble(self, prefix: Tensor, tokens: Tensor) -> Tensor:
-        """Embeddings (B, latent_len + tail + tokens, H) in the model's dtype."""
+        """Embeddings (B, head + latent_len + tail + tokens, H) in the model's dtype."""
         embed = self.model.get_input_embeddings()
-        parts = [prefix.to(embed.weight.dtype), self.tail.expand(len(tokens), -1, -1), embed(tokens)]
-        return torch.cat(parts, dim=1)
+        head, tail = (part.expand(len(tokens), -1, -1) for part in (self.head, self.tail))
+        return torch.cat([head, prefix.to(embed.weight.dtype), tail, embed(tokens)], dim=1)
 
 
 def through_layers(
@@ -115,21 +121,23 @@ def through_layers(
     hidden = embeds
     for layer, known, device in zip(layers, past, devices_of_layers(len(layers), devices), strict=True):
         if hidden.device != device:
-            hidden, rotary = hidden.to(device), tuple(part.to(device) for part in rotary)
+            hidden, rotary = hop(hidden, device), tuple(hop(part, device) for part in rotary)
         hidden = layer(hidden, attention_mask=None, position_embeddings=rotary, past=known, **options)
     return hidden
 
 
-def past_of(model: PreTrainedModel, head: Tensor, devices: tuple[torch.device, ...]) -> tuple[KeysValues | None, ...]:
-    """The keys and values of ``head`` (1, n, H), by layer, where each layer is. None of each where n is 0."""
+def read_once(
+    model: PreTrainedModel, head: Tensor, devices: tuple[torch.device, ...]
+) -> tuple[Tensor, tuple[KeysValues | None, ...]]:
+    """What samples still read of the head (1, n, H), and its keys and values by layer, where each layer is."""
     layers = model.get_decoder().layers
     nothing: tuple[None, ...] = (None,) * len(layers)
-    if not head.shape[1]:
-        return nothing
+    if head.shape[1] < _SHORTEST_PAST:
+        return head, nothing
     cache = DynamicCache()
     with torch.no_grad():
         through_layers(model, layers, devices, head, nothing, past_key_values=cache)
-    return tuple((layer.keys, layer.values) for layer in cache.layers)
+    return head[:, :0], tuple((layer.keys, layer.values) for layer in cache.layers)
 
 
 def devices_of_layers(num_layers: int, devices: tuple[torch.device, ...]) -> list[torch.device]:

@@ -23,7 +23,7 @@ from latentwire.workloads.pair import attention
 from latentwire.workloads.pair.data import pydoc_passages
 from latentwire.workloads.pair.families import FAMILIES, Family
 from latentwire.workloads.pair.folders import INDEX, WEIGHTS, make_once
-from latentwire.workloads.pair.frozen import FrozenModel, devices_of_layers, error_function, past_of, trained_through
+from latentwire.workloads.pair.frozen import FrozenModel, devices_of_layers, error_function, read_once, trained_through
 from latentwire.workloads.pair.options import ModelOptions
 from latentwire.workloads.pair.tokenizer import DIALECTS, make_script, train_tokenizer
 
@@ -54,9 +54,9 @@ def load_frozen(name: str, options: ModelOptions, context: BuildContext, compile
     remove_hook_from_submodules(model)  # accelerate's copy inputs to each layer; FrozenModel does so where devices meet
     model.requires_grad_(False).eval()
     head, tail = (_embed(model, ids, devices[0]) for ids in (script.head, script.tail))
-    past = past_of(model, head, devices)
+    head, past = read_once(model, head, devices)
     layers = trained_through(model, compiled, context.gradient_checkpointing)
-    return FrozenModel(name, model, folder, script, past, tail, devices, layers, error_function(compiled))
+    return FrozenModel(name, model, folder, script, head, past, tail, devices, layers, error_function(compiled))
 
 
 def _device_map(num_layers: int, devices: tuple[torch.device, ...]) -> dict[str, torch.device]:

@@ -16,6 +16,7 @@ from latentwire.workloads.pair.batch import Collator, PairBatch
 from latentwire.workloads.pair.data import Pair, PairData, load_pairs
 from latentwire.workloads.pair.families import FAMILIES
 from latentwire.workloads.pair.frozen import FrozenModel
+from latentwire.workloads.pair.hop import hop
 from latentwire.workloads.pair.models import load_frozen
 from latentwire.workloads.pair.options import Options
 from latentwire.workloads.pair.wire import LatentWire
@@ -154,7 +155,7 @@ class PairWorkload:
     def _prefix(self, name: str, latents: Tensor) -> Tensor:
         """Where the model begins."""
         with self._autocast():
-            return self._wire.prefix(name, latents).to(self._frozen[name].devices[0])
+            return hop(self._wire.prefix(name, latents), self._frozen[name].devices[0])
 
     def _loss(self, name: str, prefix: Tensor, batch: PairBatch) -> Tensor:
         """Mean cross-entropy of one model over the target tokens, where the wire is."""
