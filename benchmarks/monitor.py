@@ -1,6 +1,6 @@
 """What the monitor costs: processor time at its usual pace, each NVML call, and the steps of a loop beside it.
 
-``python benchmarks/monitor.py [--seconds 20] [--pairs 16] [--window-s 2] [--device cuda|cpu] [--json FILE]``
+``python benchmarks/monitor.py [--seconds 10] [--pairs 20] [--window-s 1] [--device cuda|cpu] [--json FILE]``
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ STARTS_WITHIN_S = 60.0
 def main() -> None:
     """Measure and print three tables; without a GPU only the host's row, unless a device is given."""
     parser = argparse.ArgumentParser(description="What the monitor costs.")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of each measurement of processor time")
-    parser.add_argument("--pairs", type=int, default=16, help="of windows beside a running and a stopped monitor")
-    parser.add_argument("--window-s", type=float, default=2.0)
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement of processor time")
+    parser.add_argument("--pairs", type=int, default=20, help="of windows beside a running and a stopped monitor")
+    parser.add_argument("--window-s", type=float, default=1.0)
     parser.add_argument("--device", choices=("cuda", "cpu"), help="for the loop (default: a GPU, if there is one)")
     parser.add_argument("--json", type=Path, default=Path("build/monitor-benchmark.json"))
     options = parser.parse_args()

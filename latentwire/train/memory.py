@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -94,8 +95,8 @@ class Found:
 def find_micro_batch(global_batch: int, most: int, fullness: Callable[[int], float], ranks: Ranks) -> Found:
     """The largest divisor of the global batch that fits on every rank. Collective: all ranks try the same in turn.
 
-    Two small passes show what a sample takes; then the largest that should fit by that is tried, and smaller ones
-    until one does.
+    Two small passes show what a sample takes; then the largest that should fit by that is tried, a smaller one if it
+    does not, and a larger one where it left more room than two small passes could show.
 
     Args:
         global_batch: of the run.
@@ -114,21 +115,22 @@ def find_micro_batch(global_batch: int, most: int, fullness: Callable[[int], flo
             (tried[size],) = ranks.highest([fullness(size)])
         return tried[size] <= 1
 
-    hopeful = sizes if all(fits(size) for size in sizes[:2]) else sizes[:1]
-    for size in reversed([size for size in hopeful if _expected(tried, size) <= 1]):
-        if fits(size):
-            return Found(size, tried)
-    raise ConfigError(
-        f"train.micro_batch: auto finds that not even {sizes[0]} fits, which fills a GPU to {tried[sizes[0]]:.0%} of "
-        "what elastic.memory_target allows: turn on train.gradient_checkpointing, or lay a replica over more GPUs "
-        "with elastic.gpus_per_replica"
-    )
+    def expected(size: int) -> float:
+        """On the line through the smallest and the largest that fit."""
+        small, large = fitting[0], fitting[-1]
+        return tried[small] + (tried[large] - tried[small]) / (large - small) * (size - small)
 
-
-def _expected(tried: Mapping[int, float], size: int) -> float:
-    """On the line through the first two; where there is one, as full as that."""
-    (small, full), *more = tried.items()
-    if not more:
-        return full
-    larger, fuller = more[0]
-    return full + (fuller - full) / (larger - small) * (size - small)
+    if not fits(sizes[0]):
+        raise ConfigError(
+            f"train.micro_batch: auto finds that not even {sizes[0]} fits, which fills a GPU to {tried[sizes[0]]:.0%} "
+            "of what elastic.memory_target allows: turn on train.gradient_checkpointing, or lay a replica over more "
+            "GPUs with elastic.gpus_per_replica"
+        )
+    fitting = [size for size in sizes[:2] if fits(size)]
+    too_large = math.inf if fitting == sizes[:2] else sizes[1]
+    while hopeful := [size for size in sizes if fitting[-1] < size < too_large and expected(size) <= 1]:
+        if fits(hopeful[-1]):
+            fitting.append(hopeful[-1])
+        else:
+            too_large = hopeful[-1]
+    return Found(fitting[-1], tried)

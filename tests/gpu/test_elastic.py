@@ -48,17 +48,19 @@ def visible(layout: tuple[int, int]) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(layout[0] * layout[1])))}
 
 
-@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "plain"])
 def test_other_gpus_at_every_start_change_no_bit(tmp_path: Path, compiled: bool) -> None:
     options = {"workload.options.compile": str(compiled).lower()}
     alone = run_of(tmp_path / "alone", (1, 1), **options)
-    assert run_agent(alone, visible((1, 1))) == "finished"
-    for number, layout in enumerate(LAYOUTS, start=1):
-        run = run_of(tmp_path / "moved", layout, **options)
-        with agent_of(run, visible(layout)) as agent:
-            wait_for_step(agent.attempt, STEPS_AT_A_START * number)
-            agent.send(TERM)
-            assert agent.outcome() == "preempted"
+    with agent_of(alone, {"CUDA_VISIBLE_DEVICES": str(NUM_GPUS - 1)}) as undisturbed:
+        for number, layout in enumerate(LAYOUTS, start=1):
+            run = run_of(tmp_path / "moved", layout, **options)
+            with agent_of(run, visible(layout)) as agent:
+                wait_for_step(agent.attempt, STEPS_AT_A_START * number)
+                agent.send(TERM)
+                assert agent.outcome() == "preempted"
+            if number == 1:  # another one has that GPU from here on
+                assert undisturbed.outcome() == "finished"
     run = run_of(tmp_path / "moved", LAYOUTS[1], **options)
     assert run_agent(run, visible(LAYOUTS[1])) == "finished"
     placements = [read_json(attempt.path / "placement.json") for attempt in run.attempts()]

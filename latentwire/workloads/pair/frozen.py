@@ -65,6 +65,11 @@ class FrozenModel:
         """Width of its embedding space."""
         return int(self.model.config.hidden_size)
 
+    @property
+    def intermediate_size(self) -> int:
+        """Width of its layers' widest tensors."""
+        return int(self.model.config.intermediate_size)
+
     def embedding_rms(self) -> float:
         """Root mean square of all its input embeddings. Waits for the device."""
         weight = self.model.get_input_embeddings().weight

@@ -133,15 +133,19 @@ class PairWorkload:
     def _step_one_by_one(
         self, latents: Tensor, batch: PairBatch, backward: Callable[[Tensor], None]
     ) -> dict[str, Tensor]:
-        """Each model's backward ends at a copy of the latents, which frees its activations before the next begins."""
+        """Each model's backward ends at a copy of the latents, which frees its activations before the next begins.
+
+        The one with the widest layers first: what it leaves in the allocator's cache has room for the other's tensors.
+        The other way round that memory is of no use to it, and the process holds both.
+        """
         copy = latents.detach().requires_grad_()
         losses = {}
-        for name in self._frozen:
+        for name in sorted(self._frozen, key=lambda name: self._frozen[name].intermediate_size, reverse=True):
             loss = self._loss(name, self._prefix(name, copy), batch)
             backward(loss / len(self._frozen))
             losses[name] = loss.detach()
         latents.backward(copy.grad)  # scaled already, by the two calls above
-        return losses
+        return {name: losses[name] for name in self._frozen}
 
     def _encode(self, source: Tensor) -> Tensor:
         with self._autocast():
