@@ -38,6 +38,8 @@ nightly: $(INSTALLED)
 	@sh tests/faults/install.sh
 	$(BIN)/python -m pytest tests/crash tests/faults tests/unit/test_checkpoint_kill.py --kills 1000 --matrix docs/reliability.md
 	$(BIN)/python -m pytest --timeout 1800 -m "slow and not gpu and not slurm" tests
+	@sh tests/slurm/install.sh
+	$(BIN)/python -m pytest --timeout 1800 -m "slow and slurm" tests/slurm
 
 cluster: $(INSTALLED)
 	@$(BIN)/python tests/slurm/cluster.py up build/cluster

@@ -70,6 +70,7 @@ def hosts(attempt: Attempt) -> list[str]:
 # --- a node that is given up ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # test_follower.py does it without Slurm in every run of the suite
 def test_a_node_that_was_given_up_does_no_harm(cluster: Cluster, tmp_path: Path, calm: Run) -> None:
     """Slurm takes the job to the other node; what still trains on the first one wakes up beside it."""
     with orchestrated(cluster, tmp_path, "preempt") as program:

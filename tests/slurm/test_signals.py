@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slurm
 SLOW_PYTHON = HERE.parent / "slurm" / "slow_python"
 
 
-@pytest.mark.parametrize("partition", ["preempt", "cancel"])
+@pytest.mark.parametrize("partition", ["preempt", pytest.param("cancel", marks=pytest.mark.slow)])
 def test_preemption_with_grace(cluster: Cluster, tmp_path: Path, calm: Run, partition: str) -> None:
     with orchestrated(cluster, tmp_path, partition) as program:
         attempt = program.standing()
@@ -77,7 +77,7 @@ def test_a_requeue_by_hand_is_no_cancel_and_happens_once(cluster: Cluster, tmp_p
         assert not program.run.cancel_path.exists()
 
 
-@pytest.mark.parametrize("partition", ["preempt", "nograce"])
+@pytest.mark.parametrize("partition", ["preempt", pytest.param("nograce", marks=pytest.mark.slow)])
 def test_a_job_that_may_not_be_requeued_is_submitted_again(
     cluster: Cluster, tmp_path: Path, calm: Run, partition: str
 ) -> None:

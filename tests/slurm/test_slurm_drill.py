@@ -79,6 +79,7 @@ def test_the_bits_survive_whatever_slurm_does(cluster: Cluster, tmp_path: Path) 
     assert list((tmp_path / "runs").iterdir()) == [], "what went well is cleaned up"
 
 
+@pytest.mark.slow
 def test_an_interrupt_leaves_no_job_behind(cluster: Cluster, tmp_path: Path) -> None:
     with drill_of_the_toy(cluster, tmp_path, "--preempting-partition", "high", "train.steps=30") as process:
         undisturbed, disturbed = (wait_for_run(tmp_path / "runs", name) for name in ("undisturbed", "disturbed"))

@@ -113,7 +113,9 @@ def test_a_slow_rank_is_named_with_its_place_and_waited_for(alone: dict[str, str
     assert final_digests(run) == alone
 
 
-@pytest.mark.parametrize("others", ["wait for its gradients", "have not come so far"])
+@pytest.mark.parametrize(
+    "others", ["wait for its gradients", pytest.param("have not come so far", marks=pytest.mark.slow)]
+)
 def test_a_rank_without_memory_holds_nobody_up(others: str, tmp_path: Path) -> None:
     """Not in the exchange that it does not finish, nor by the end of a process whose gradients nobody takes."""
     run = _run_of(tmp_path, 2, troubles=[{"kind": "late_oom", "after_samples": 16, "rank": 1}])

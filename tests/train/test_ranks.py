@@ -35,6 +35,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return final_digests(run)
 
 
+@pytest.mark.slow  # the next test does this with changes in between
 def test_four_ranks_give_the_bits_of_one(alone: dict[str, str], tmp_path: Path) -> None:
     run = _run_of(tmp_path, 4)
     assert run_agent(run) == "finished"
