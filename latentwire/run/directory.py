@@ -370,7 +370,8 @@ def list_runs(runs_dir: Path) -> list[Run]:
         names = sorted(n for n in os.listdir(runs_dir) if n.startswith(PREFIX))
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return [Run((runs_dir / n).absolute()) for n in names if (runs_dir / n / "config.yaml").is_file()]
+    folder = runs_dir.absolute()
+    return [Run(folder / n) for n in names if os.path.isfile(os.path.join(folder, n, "config.yaml"))]
 
 
 def create_run(config: Config, runs_dir: Path) -> Run:

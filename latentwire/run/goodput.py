@@ -164,6 +164,10 @@ _TURNS = {
 """Events at which an attempt's time goes to another class; most others tell of saves."""
 
 
+_OWN_CAUSES = {"training": "", "saving": "saves", "evaluating": "evaluation"}
+"""All other classes of an attempt's time are owed to what ended the one before."""
+
+
 class _Painter:
     """Lays span after span; each begins where the one before ends."""
 
@@ -239,8 +243,7 @@ class _Told:
                 self._turn(at, self._working)
 
     def _turn(self, at_s: float, kind: str, cause: str | None = None) -> None:
-        causes = {"training": "", "saving": "saves", "evaluating": "evaluation"}
-        because = cause or causes.get(kind, self._restart_cause)
+        because = cause or _OWN_CAUSES.get(kind, self._restart_cause)
         self._painter.turn(_ms(at_s), kind, self._attempt.number, because, self.num_gpus)
 
     def _events_in_order(self) -> list[dict[str, Any]]:

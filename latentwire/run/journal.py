@@ -144,8 +144,10 @@ def read_journal(path: Path) -> Iterator[dict[str, Any]]:
 
 def time_of(record: Mapping[str, Any]) -> float:
     """A record's time for sorting; 0 where a foreign line has none that a calendar knows."""
-    time_s = number(record.get("time")) or 0.0
-    return float(time_s) if abs(time_s) < _END_OF_TIME else 0.0
+    time_s = record.get("time")
+    if type(time_s) is not float:  # ours are
+        time_s = float(number(time_s) or 0.0)
+    return time_s if -_END_OF_TIME < time_s < _END_OF_TIME else 0.0
 
 
 def newest_first(path: Path) -> Iterator[dict[str, Any]]:

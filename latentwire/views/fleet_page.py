@@ -83,8 +83,11 @@ class FleetPage:
             return row
         self._looks[run.name] = _Look(stamp, now, time.monotonic())
         try:
-            seen = self._seen.pop(run.name, None) or SeenRun(run)
-            seen.look()
+            seen = self._seen.pop(run.name, None)
+            if seen is None:
+                seen = SeenRun(run)
+            else:
+                seen.look()
             row = _row(seen, now)
             if row["phase"] is not None:  # it goes on: what was read of it is kept
                 self._seen[run.name] = seen
