@@ -286,7 +286,8 @@ class RetrySection(Section):
     """How often a run is started again, by cause. Progress resets every count; preemptions never count."""
 
     oom: Annotated[int, Field(ge=0)] = 5
-    """Out of memory: each time the micro-batch is halved and the global batch kept."""
+    """Out of memory: each time the micro-batch is halved and the global batch kept; where a replica computed two at
+    once, it computes one at a time first."""
     network: Annotated[int, Field(ge=0)] = 5
     network_backoff_s: Annotated[float, Field(gt=0)] = 5.0
     """First pause after a network failure; doubles up to 300 s."""

@@ -57,6 +57,8 @@ def why(job: Job, chosen: Candidate, others: Sequence[Candidate]) -> str:
             clauses.append(f"{kind}: {' / '.join(named)}")
     if job.footprint is not None:
         clauses += job.footprint.notes
+    if job.one_at_a_time:
+        clauses.append("one micro-batch at a time, as the run went out of memory with two at once")
     if job.halvings:
         clauses.append(
             f"micro-batch halved {job.halvings} times after running out of memory, so bits may differ from there on"

@@ -202,6 +202,7 @@ def test_two_micro_batches_at_once_where_it_pays_and_fits() -> None:
     alone = plan(config(micro_batch=4, elastic=cut), has("2xH100-18GB"), only, one_at_a_time=True)
     assert (two.modules, two.in_flight, alone.in_flight) == ({"large": (0, 1)}, 2, 1)
     assert "2 micro-batches at once" in two.why
+    assert "one micro-batch at a time, as the run went out of memory" in alone.why
     assert two.samples_per_s == pytest.approx(alone.samples_per_s * 8 / (1 + 7 / 2)), "the first of 8 fills the line"
     assert two.peak_bytes is not None
     assert alone.peak_bytes is not None
