@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from latentwire.elastic.planner import Weighed
 
 _COLUMNS = (
-    "", "GPUs", "layout", "micro-batch", "checkpointing", "peak per GPU", "samples/s", "why not",
+    "", "GPUs", "layout", "micro-batch", "at once", "checkpointing", "peak per GPU", "samples/s", "why not",
 )  # fmt: skip
 
 
@@ -38,6 +38,9 @@ def plan(
     json: Annotated[bool, typer.Option("--json", help="The plan and all candidates as JSON.")] = False,
 ) -> None:
     """Show how a config would use GPUs: replicas, micro-batch, memory, expected samples/s, and why.
+
+    Percentages are of all memory; elastic.memory_target says how much may be filled. Where a model lies over several
+    GPUs, two micro-batches at once keep all of them busy, for twice the activations.
 
     Starts nothing and loads no model. Exits with 1 where nothing fits, and says what would.
     """
@@ -105,6 +108,7 @@ def _row(weighed: Weighed, each: Candidate) -> list[str]:
         str(each.num_gpus) if weighed.job.gpus else "CPU",
         words.layout(each),
         f"{each.micro_batch} x {each.num_micro_batches}",
+        str(each.in_flight),
         "yes" if each.gradient_checkpointing else "no",
         _peaks(weighed, each),
         figure(round(each.samples_per_s, 1) if each.samples_per_s is not None and each.fits else None),

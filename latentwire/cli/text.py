@@ -73,7 +73,7 @@ def figure(value: Any) -> str:
     if value is None:
         return NOTHING
     if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
+        return f"{value:.0f}" if 1e4 <= abs(value) < 1e12 else f"{value:.4g}"
     return str(value)
 
 

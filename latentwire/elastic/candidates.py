@@ -277,31 +277,33 @@ def _hand_out(job: Job, modules: Modules, num_replicas: int) -> list[tuple[int, 
 def _weigh(
     job: Job, modules: Modules, gpus: tuple[tuple[int, ...], ...], nodes: tuple[int, ...], choices: Sequence[int]
 ) -> Candidate:
-    """The largest micro-batch that fits, without checkpointing if any fits so; else the closest that there is."""
-    footprint = job.footprint
-    assert footprint is not None
+    """The largest micro-batch that fits, without checkpointing if any fits so; else the closest that there is.
+
+    Of a divided replica the largest of which two at once fit, where that is faster.
+    """
+    one, two = (_candidate(job, modules, gpus, nodes, choices, in_flight) for in_flight in (1, 2))
+    return two if two.fits and _PAYS * two.pace > one.pace and not job.one_at_a_time else one
+
+
+def _candidate(
+    job: Job,
+    modules: Modules,
+    gpus: tuple[tuple[int, ...], ...],
+    nodes: tuple[int, ...],
+    choices: Sequence[int],
+    in_flight: int,
+) -> Candidate:
+    assert job.footprint is not None
     smallest = tuple(min(each, key=lambda gpu: job.gpus[gpu].memory_bytes) for each in zip(*gpus, strict=True))
     targets = tuple(round(job.config.elastic.memory_target * job.gpus[gpu].memory_bytes) for gpu in smallest)
-    found = _largest(job, modules, targets, choices)
+    found = _largest(job, modules, targets, choices, in_flight)
     micro_batch, checkpointing = found or (choices[-1], _checkpointings(job)[-1])
     num_micro_batches = job.config.train.global_batch // micro_batch
     in_a_row = num_slots(len(gpus), num_micro_batches)
+    how = (in_flight, in_a_row)
     speeds = [[job.flops_per_s[gpu] for gpu in replica] for replica in gpus]
-
-    def seconds(in_flight: int) -> float:
-        of_replicas = [
-            footprints.seconds_per_sample(footprint, modules, checkpointing, each, in_flight, in_a_row)
-            for each in speeds
-        ]
-        return max(of_replicas) or 1.0
-
-    def peaks(in_flight: int) -> tuple[int, ...]:
-        return footprints.predict(footprint, modules, micro_batch, checkpointing, in_flight)
-
-    may = not job.is_free and not job.one_at_a_time  # what is to be found is found with one
-    pays = may and seconds(2) < _PAYS * seconds(1)
-    in_flight = 2 if pays and all(peak <= target for peak, target in zip(peaks(2), targets, strict=True)) else 1
-    pace = job.config.train.global_batch / (in_a_row * micro_batch * seconds(in_flight))
+    seconds = max(footprints.seconds_per_sample(job.footprint, modules, checkpointing, each, *how) for each in speeds)
+    pace = job.config.train.global_batch / (in_a_row * micro_batch * (seconds or 1.0))
     return Candidate(
         gpus,
         nodes,
@@ -313,7 +315,7 @@ def _weigh(
         in_flight,
         pace,
         None if job.why_no_pace else pace,
-        peaks(in_flight),
+        footprints.predict(job.footprint, modules, micro_batch, checkpointing, in_flight),
         smallest,
         targets,
     )
@@ -324,12 +326,14 @@ def _checkpointings(job: Job) -> list[bool]:
     return [False, True] if asked == "auto" else [asked]
 
 
-def _largest(job: Job, modules: Modules, targets: Sequence[int], choices: Sequence[int]) -> tuple[int, bool] | None:
+def _largest(
+    job: Job, modules: Modules, targets: Sequence[int], choices: Sequence[int], in_flight: int = 1
+) -> tuple[int, bool] | None:
     """The first micro-batch of ``choices`` that fits, and with which checkpointing: without, if any fits so."""
     assert job.footprint is not None
     for checkpointing in _checkpointings(job):
         for micro_batch in choices:
-            peaks = footprints.predict(job.footprint, modules, micro_batch, checkpointing)
+            peaks = footprints.predict(job.footprint, modules, micro_batch, checkpointing, in_flight)
             if all(peak <= target for peak, target in zip(peaks, targets, strict=True)):
                 return micro_batch, checkpointing
     return None

@@ -116,13 +116,17 @@ class Weighed:
             modules=chosen.modules,
             micro_batch=chosen.micro_batch,
             num_micro_batches=chosen.num_micro_batches,
-            probe_up_to=self.job.most_to_probe if self.job.gpus and self.job.is_free else None,
+            probe_up_to=self._probe_up_to(chosen) if self.job.gpus and self.job.is_free else None,
             gradient_checkpointing=chosen.gradient_checkpointing,
             in_flight=chosen.in_flight,
             samples_per_s=chosen.samples_per_s,
             peak_bytes=chosen.peak_bytes,
             why=self.why,
         )
+
+    def _probe_up_to(self, chosen: Candidate) -> int:
+        """Of which two at once should fit is no larger one tried: the ranks try one at a time."""
+        return self.job.most_to_probe if chosen.in_flight == 1 else chosen.micro_batch
 
 
 def weigh(

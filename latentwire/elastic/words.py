@@ -114,7 +114,7 @@ def _expected(job: Job, chosen: Candidate) -> list[str]:
     peak, target = max(of_places, key=lambda each: each[0] / each[1])
     memory = f"at most {in_gb(peak)} of the {in_gb(target)} that may be filled"
     if chosen.samples_per_s is not None:
-        return [f"expected {chosen.samples_per_s:.3g} samples/s, {memory}"]
+        return [f"expected {round(chosen.samples_per_s, 1):g} samples/s, {memory}"]
     return [f"expected {memory}", f"no samples/s, as {job.why_no_pace}"]
 
 

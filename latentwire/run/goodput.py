@@ -195,7 +195,8 @@ class _Told:
     def __init__(self, attempt: Attempt, most_steps: int, cause: str) -> None:
         self._attempt = attempt
         self._most_steps, self._restart_cause = most_steps, cause
-        self._events = [e for e in attempt.events() if e["writer"] in ("agent", "rank0")]
+        # one without a time cannot be placed: a line of somebody else's, or a damaged one
+        self._events = [e for e in attempt.events() if e["writer"] in ("agent", "rank0") and time_of(e)]
         self.num_gpus = _num_gpus(attempt)
         last = attempt.last_step()
         self.last_step = whole(last.get("step"), 0)

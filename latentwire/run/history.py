@@ -18,6 +18,7 @@ from latentwire.run.simulation import Costs, Policy, Window
 
 _START = ("starting", "loading", "restoring")
 _TRAINING_WAITS = ("last", "notice")
+_MOST_STEPS = 10_000_000
 
 
 def costs_of(run: Run, ledger: Ledger) -> Costs:
@@ -67,7 +68,8 @@ def policy_of(run: Run) -> Policy:
     """What the run's config says; of ``checkpoint.interval_s: auto``, and of a loop's own steps, what was told last.
 
     Raises:
-        ConfigError, RunError: its config cannot be read.
+        ConfigError: its config cannot be read.
+        RunError: the same, or it has more steps than are replayed one by one.
     """
     config, events = run.config(), _rank_events(run)
     chosen, interval_s = _known(events["interval_chosen"], "seconds"), config.checkpoint.interval_s
@@ -75,6 +77,10 @@ def policy_of(run: Run) -> Policy:
         interval_s = chosen[-1] if chosen else None
     evaluate_every = config.train.eval_every if events["evaluation_finished"] else None
     total = next(reversed(_known(events["training_started"], "total_steps")), config.train.steps)
+    if total > _MOST_STEPS:
+        raise RunError(
+            f"{run.name} is said to have {total:g} steps: a replay goes step by step, at most {_MOST_STEPS:,}"
+        )
     return Policy(int(total), interval_s, config.checkpoint.interval_steps, evaluate_every)
 
 

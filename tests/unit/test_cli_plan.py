@@ -28,7 +28,7 @@ def rows(text: str) -> list[str]:
 
 def test_it_shows_all_ways_and_marks_the_one_that_is_taken(home: Path) -> None:
     text = printed(home, "plan", PAIR, "train.micro_batch=8", "--gpus", "4xH100-80GB")
-    assert text.split()[:4] == ["GPUs", "layout", "micro-batch", "checkpointing"]
+    assert text.split()[:6] == ["GPUs", "layout", "micro-batch", "at", "once", "checkpointing"]
     assert len(rows(text)) == 8
     (chosen,) = [row for row in rows(text) if row.startswith(">")]
     assert "4 whole replicas" in chosen

@@ -245,6 +245,15 @@ def test_a_figure_that_is_none_takes_no_time(run: Run, figure: str) -> None:
     assert story(account(run, now=24))[4:] == [("training", 5), ("training", 1), ("draining", 1)]
 
 
+@pytest.mark.parametrize("time", ["[]", '"soon"', "null", "1e400"])
+def test_an_event_without_a_time_turns_nothing(run: Run, time: str) -> None:
+    attempt = trained(run, 0, 0, 5)
+    before = story(account(run, now=24))
+    with open(attempt.path / "events.rank0.jsonl", "a", encoding="utf-8") as file:
+        file.write(f'{{"event": "save_staged", "time": {time}, "step": 5, "seconds": 1.0}}\n')
+    assert story(account(run, now=24)) == before
+
+
 NAMES = (
     "workload_built", "restored", "training_started", "evaluation_started", "evaluation_finished", "save_staged",
     "notice", "draining", "training_finished", "attempt_ended", "hang", "anything",

@@ -214,12 +214,13 @@ def test_two_micro_batches_at_once_where_it_pays_and_fits() -> None:
     assert best("2xH100-40GB", PAIR).in_flight == 1, "a model on each: no place waits"
 
 
-def test_what_auto_is_to_find_is_found_one_at_a_time() -> None:
+def test_auto_takes_the_largest_of_which_two_at_once_fit_where_that_is_faster() -> None:
     only, how = Footprint((LARGE,), TRAINED), {"micro_batch": "auto", "global_batch": 64}
-    first = plan(config(**how), has("2xH100-18GB"), only)
-    later = plan(config(**how), has("2xH100-18GB"), only, micro_batch=1)
-    assert (is_probed(first), first.in_flight) == (True, 1)
-    assert (is_probed(later), later.in_flight) == (False, 2)
+    first = plan(config(elastic={"memory_target": 0.85}, **how), has("2xH100-18GB"), only)
+    alone = plan(config(elastic={"memory_target": 0.85}, **how), has("2xH100-18GB"), only, one_at_a_time=True)
+    assert (first.in_flight, alone.in_flight) == (2, 1)
+    assert (first.micro_batch, first.probe_up_to, alone.micro_batch, alone.probe_up_to) == (4, 4, 8, 8)
+    assert first.samples_per_s == pytest.approx(alone.samples_per_s * 16 / (1 + 15 / 2))
 
 
 def test_an_unknown_chip_has_no_pace_and_yet_a_plan() -> None:

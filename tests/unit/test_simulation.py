@@ -162,6 +162,13 @@ def test_too_few_steps_tell_nothing(run: Run) -> None:
         costs_of(run, ledger_of(run, NOW + 20, alive=True))
 
 
+def test_a_number_of_steps_that_no_run_has_is_refused(run: Run) -> None:
+    configured(lived(run))
+    rank(run.attempts()[-1], "training_started", 133, step=10, total_steps=1e18)
+    with pytest.raises(RunError, match=r"said to have 1e\+18 steps"):
+        policy_of(run)
+
+
 @pytest.mark.parametrize(
     "line",
     ["seconds: 5", "[]", '{"queued_s": 5}', '{"seconds": -1}', '{"seconds": "5"}', '{"seconds": 5, "x": 1}',
