@@ -467,7 +467,9 @@ def _explain(error: pydantic.ValidationError, model: type[pydantic.BaseModel], w
             lines.append(f"  {prefix}{key}: unknown key{_neighbours(model, key, prefix)}")
         else:
             message = item["msg"].removeprefix("Value error, ")
-            lines.append(f"  {prefix}{key}: {message} (got {str(item['input'])[:80]!r})")
+            is_of_section = item["type"] == "value_error" and isinstance(item["input"], dict)  # says itself what it got
+            got = "" if is_of_section else f" (got {str(item['input'])[:80]!r})"
+            lines.append(f"  {prefix}{key}: {message}{got}")
     return f"{where}:\n" + "\n".join(lines)
 
 

@@ -179,6 +179,12 @@ def test_gpus_that_cannot_be_divided_among_the_nodes_are_refused(write: Write) -
         load_config(write(PLAIN), ["scheduler.gpus=[4, 2, 1]", "scheduler.nodes=2"])
 
 
+def test_keys_that_do_not_fit_together_are_told_in_a_sentence(write: Write) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(PLAIN), ["train.global_batch=63", "train.micro_batch=16"])
+    assert str(caught.value).endswith("  train: global_batch (63) is no multiple of micro_batch (16)")
+
+
 @pytest.mark.parametrize(
     ("gpus", "nodes", "ladder"),
     [("null", 1, (1,)), ("null", 2, (2,)), ("3", 1, (3,)), ("[4, 2]", 2, (4, 2)), ("0", 1, (0,))],
