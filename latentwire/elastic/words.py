@@ -12,6 +12,7 @@ from latentwire.elastic.schedule import MAX_REPLICAS
 from latentwire.errors import ConfigError
 
 _NO_GAIN = "no faster, with more GPUs"
+_WORTH_A_WORD = 1.1
 _HIGHEST_TARGET = 0.85
 """That the config allows."""
 
@@ -45,7 +46,7 @@ def why_not(candidate: Candidate, chosen: Candidate | None) -> str:
 
 def why(job: Job, chosen: Candidate, others: Sequence[Candidate]) -> str:
     """Why this one and none of the others."""
-    clauses = [_what(job, chosen), *_expected(job, chosen)]
+    clauses = [_what(job, chosen), *_expected(job, chosen), *_faster_with_less(job, chosen)]
     fitting = [each for each in others if each.fits]
     slower = [each for each in fitting if _is_slower(each, chosen)]
     for kind, named in (
@@ -118,6 +119,21 @@ def _expected(job: Job, chosen: Candidate) -> list[str]:
     return [f"expected {memory}", f"no samples/s, as {job.why_no_pace}"]
 
 
+def _faster_with_less(job: Job, chosen: Candidate) -> list[str]:
+    """Of a divided replica the largest micro-batch that is faster than the config's own: of which two at once fit."""
+    if len(chosen.smallest_gpus) < 2 or job.one_at_a_time or job.halvings:
+        return []
+    for smaller in _smaller_divisors(job):
+        fitting = [each for each in candidates(_with(job, "train", "micro_batch", smaller)) if each.fits]
+        best = max(fitting, key=lambda each: each.pace, default=chosen)
+        if best.pace > _WORTH_A_WORD * chosen.pace:
+            faster = best.pace / chosen.pace
+            return [
+                f"train.micro_batch: {smaller}, in a new run, would be {faster:.2f} times as fast: {_what(job, best)}"
+            ]
+    return []
+
+
 def _cures(job: Job) -> str:
     cures = []
     for section, key, value in (
@@ -140,11 +156,18 @@ def _cures(job: Job) -> str:
 
 def _smaller_micro_batch(job: Job) -> int | Literal["auto"]:
     """The largest that would fit; what it is where none would, or where the planner was free to choose."""
+    given = job.config.train.micro_batch
+    if given == "auto" or job.halvings:
+        return given
+    return next((d for d in _smaller_divisors(job) if _fits(_with(job, "train", "micro_batch", d))), given)
+
+
+def _smaller_divisors(job: Job) -> list[int]:
+    """Micro-batches below the config's own, the largest first; none below ``auto``."""
     train = job.config.train
-    if train.micro_batch == "auto" or job.halvings:
-        return train.micro_batch
-    smaller = [d for d in range(train.micro_batch - 1, 0, -1) if train.global_batch % d == 0]
-    return next((d for d in smaller if _fits(_with(job, "train", "micro_batch", d))), train.micro_batch)
+    if train.micro_batch == "auto":
+        return []
+    return [d for d in range(train.micro_batch - 1, 0, -1) if train.global_batch % d == 0]
 
 
 def _with(job: Job, section: str, key: str, value: object) -> Job:
