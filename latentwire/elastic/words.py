@@ -128,9 +128,7 @@ def _faster_with_less(job: Job, chosen: Candidate) -> list[str]:
         best = max(fitting, key=lambda each: each.pace, default=chosen)
         if best.pace > _WORTH_A_WORD * chosen.pace:
             faster = best.pace / chosen.pace
-            return [
-                f"train.micro_batch: {smaller}, in a new run, would be {faster:.2f} times as fast: {_what(job, best)}"
-            ]
+            return [f"train.micro_batch: {smaller}, in a new run, would be {faster:.2f} times as fast"]
     return []
 
 
