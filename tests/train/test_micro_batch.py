@@ -1,7 +1,8 @@
-"""``train.micro_batch: auto``: the largest that fits, from a few passes."""
+"""``train.micro_batch: auto``, the largest that fits from a few passes; and what two micro-batches at once need."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -9,8 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from latentwire.config import parse_config
+from latentwire.elastic.inventory import Inventory
+from latentwire.elastic.planner import weigh
 from latentwire.errors import ConfigError
 from latentwire.train.memory import find_micro_batch
+from latentwire.train.node import launch_variables
 from latentwire.train.ranks import Ranks
 
 ALONE = Ranks(device=torch.device("cpu"))
@@ -58,3 +63,12 @@ def test_it_fits_and_what_was_tried_beyond_it_does_not(global_batch: int, most: 
 def test_where_not_even_one_fits_the_cure_is_named() -> None:
     with pytest.raises(ConfigError, match="gradient_checkpointing"):
         found(lambda size: 1.5)
+
+
+def test_ranks_that_compute_two_at_once_get_room_for_launches() -> None:
+    config = parse_config({"name": "a", "workload": {"target": "json:JSONDecoder"}}, "test")
+    one = weigh(config, Inventory((), "", {}), None).placement()
+    two = dataclasses.replace(one, in_flight=2)
+    assert launch_variables(one, {}) == {}
+    assert launch_variables(two, {}) == {"CUDA_SCALE_LAUNCH_QUEUES": "4x"}
+    assert launch_variables(two, {"CUDA_SCALE_LAUNCH_QUEUES": "2x"}) == {}, "the user's stands"
