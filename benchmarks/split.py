@@ -15,6 +15,7 @@ from typing import TypeAlias
 import torch
 from pair_parts import batch_of, build, gradient_digest, on_devices, seconds_of
 
+from latentwire.train.node import LAUNCH_QUEUES
 from latentwire.train.precision import make_repeatable
 from latentwire.train.ranks import Ranks
 from latentwire.train.reduction import Reduction
@@ -35,7 +36,7 @@ def main() -> None:
     parser.add_argument("--target-tokens", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
-    os.environ.setdefault("CUDA_SCALE_LAUNCH_QUEUES", "4x")  # as ranks have it that compute two at once
+    os.environ.update(LAUNCH_QUEUES | os.environ)  # as ranks have it that compute two at once
     on_gpu = torch.cuda.is_available()
     make_repeatable(torch.get_num_threads(), deterministic=True)
     print(f"| models | one at a time (ms) | two at once, each (ms) | samples/s | gradient |\n|{'---|' * 5}")

@@ -40,7 +40,7 @@ def plan(
     """Show how a config would use GPUs: replicas, micro-batch, memory, expected samples/s, and why.
 
     Percentages are of all memory; elastic.memory_target says how much may be filled. Where a model lies over several
-    GPUs, two micro-batches at once keep all of them busy, for twice the activations.
+    GPUs, two micro-batches at once keep more of them busy, for twice the activations.
 
     Starts nothing and loads no model. Exits with 1 where nothing fits, and says what would.
     """

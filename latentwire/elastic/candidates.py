@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 from latentwire.config import Config
@@ -281,8 +282,11 @@ def _weigh(
 
     Of a divided replica the largest of which two at once fit, where that is faster.
     """
-    one, two = (_candidate(job, modules, gpus, nodes, choices, in_flight) for in_flight in (1, 2))
-    return two if two.fits and _PAYS * two.pace > one.pace and not job.one_at_a_time else one
+    weighed = functools.partial(_candidate, job, modules, gpus, nodes)
+    one, two = weighed(choices, 1), weighed(choices, 2)
+    as_small = weighed([two.micro_batch], 1)  # a smaller micro-batch may be spread better without two at once
+    pays = _PAYS * two.pace > max(one.pace, as_small.pace)
+    return two if two.fits and pays and not job.one_at_a_time else one
 
 
 def _candidate(
@@ -300,9 +304,13 @@ def _candidate(
     micro_batch, checkpointing = found or (choices[-1], _checkpointings(job)[-1])
     num_micro_batches = job.config.train.global_batch // micro_batch
     in_a_row = num_slots(len(gpus), num_micro_batches)
-    how = (in_flight, in_a_row)
-    speeds = [[job.flops_per_s[gpu] for gpu in replica] for replica in gpus]
-    seconds = max(footprints.seconds_per_sample(job.footprint, modules, checkpointing, each, *how) for each in speeds)
+    speeds = job.flops_per_s
+    seconds = max(
+        footprints.seconds_per_sample(
+            job.footprint, modules, checkpointing, [speeds[gpu] for gpu in replica], in_flight, in_a_row
+        )
+        for replica in gpus
+    )
     pace = job.config.train.global_batch / (in_a_row * micro_batch * (seconds or 1.0))
     return Candidate(
         gpus,

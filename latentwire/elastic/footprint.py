@@ -14,6 +14,10 @@ from latentwire.config import Config
 from latentwire.elastic.inventory import GB
 from latentwire.target import footprint as footprint_beside
 
+TURN_COST = 1.28
+"""Two micro-batches at once, over what they should take: four take 149 ms each where one alone takes 204, on two H200s
+(``benchmarks/split.py --shape full``)."""
+
 CONTEXT_BYTES = round(1.0 * GB)
 """On each device before a tensor is there: CUDA's context, the libraries' kernels and workspaces, NCCL's buffers. An
 estimate: 0.5 GB of context on an H100 or H200, as nvidia-smi shows it, and as much again for the rest."""
@@ -224,7 +228,8 @@ def seconds_per_sample(
 
     A module that lies over several places is there once at a time. Modules on different places run at the same time.
     The trained part runs before and after them. Of several micro-batches in a row the second and all later ones begin
-    when there is room: where ``in_flight`` others are under way, or the place with the most work is ready for it.
+    when there is room: where ``in_flight`` others are under way, or the place with the most work is ready for it; that
+    takes ``TURN_COST`` times as long as it should.
     """
     parts = _parts(footprint, modules)
     seconds = {part: part.flops(checkpointing) / flops_per_s[part.place] for part in parts}
@@ -233,7 +238,8 @@ def seconds_per_sample(
     trained = footprint.trained.flops / flops_per_s[0]
     alone = trained + max(of_module + of_place, default=0.0)
     busiest = max([trained + of_place[0], *of_place[1:]])
-    return (alone + (num_micro_batches - 1) * max(busiest, alone / in_flight)) / num_micro_batches
+    later = alone if in_flight == 1 else min(alone, TURN_COST * max(busiest, alone / in_flight))
+    return (alone + (num_micro_batches - 1) * later) / num_micro_batches
 
 
 def num_places(modules: Modules) -> int:

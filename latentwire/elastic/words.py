@@ -120,7 +120,7 @@ def _expected(job: Job, chosen: Candidate) -> list[str]:
 
 
 def _faster_with_less(job: Job, chosen: Candidate) -> list[str]:
-    """Of a divided replica the largest micro-batch that is faster than the config's own: of which two at once fit."""
+    """Of a divided replica the largest micro-batch that is faster than the config's own, as two at once fit."""
     if len(chosen.smallest_gpus) < 2 or job.one_at_a_time or job.halvings:
         return []
     for smaller in _smaller_divisors(job):

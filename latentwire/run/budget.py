@@ -84,13 +84,16 @@ def num_halvings(run: Run, since: int = 0) -> int:
 
     Not where two micro-batches were computed at once; one at a time comes first, which changes no bit.
     """
-    later = [attempt for attempt in run.attempts() if attempt.number >= since]
-    return sum(verdict_of(attempt).cause == "oom" and _in_flight(attempt) == 1 for attempt in later)
+    return sum(_in_flight(attempt) == 1 for attempt in _ran_out_of_memory(run) if attempt.number >= since)
 
 
 def had_too_many_at_once(run: Run) -> bool:
     """Whether memory ran out while a replica computed several micro-batches at once."""
-    return any(verdict_of(attempt).cause == "oom" and _in_flight(attempt) > 1 for attempt in run.attempts())
+    return any(_in_flight(attempt) > 1 for attempt in _ran_out_of_memory(run))
+
+
+def _ran_out_of_memory(run: Run) -> list[Attempt]:
+    return [attempt for attempt in run.attempts() if verdict_of(attempt).cause == "oom"]
 
 
 def _in_flight(attempt: Attempt) -> int:

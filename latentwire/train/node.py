@@ -34,6 +34,7 @@ from latentwire.train.worker import AGENT_PID
 
 ONE_NODE = "127.0.0.1"
 """Where the ranks of one node meet."""
+LAUNCH_QUEUES = {"CUDA_SCALE_LAUNCH_QUEUES": "4x"}
 _LAST_LINES = 50
 _KILL_AFTER_S = 20.0
 """So long a rank may take to leave."""
@@ -282,8 +283,8 @@ def launch_variables(placement: Placement, environ: Mapping[str, str]) -> dict[s
     A GPU takes about 1,000 launches ahead, then a launch blocks the host. Only where that is in the way: larger queues
     have made other programs hang (llama.cpp, pull request 19230). What the user has set in ``environ`` stands.
     """
-    name = "CUDA_SCALE_LAUNCH_QUEUES"
-    return {name: "4x"} if placement.in_flight > 1 and name not in environ else {}
+    needed = LAUNCH_QUEUES if placement.in_flight > 1 else {}
+    return {name: value for name, value in needed.items() if name not in environ}
 
 
 def _log_name(stream: str, rank: int) -> str:

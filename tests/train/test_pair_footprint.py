@@ -26,7 +26,7 @@ from latentwire.workloads.pair.footprint import (
     DecoderShape,
     num_wire_parameters,
 )
-from latentwire.workloads.pair.frozen import FrozenModel, error_function, trained_through
+from latentwire.workloads.pair.frozen import FrozenModel, error_function, read_once, trained_through
 from latentwire.workloads.pair.options import WireOptions
 from latentwire.workloads.pair.tokenizer import DIALECTS, Script, make_script, train_tokenizer
 from latentwire.workloads.pair.wire import LatentWire
@@ -127,12 +127,13 @@ def test_every_parameter_of_the_wire_is_counted(options: dict[str, Any]) -> None
 # ---- Activations -----------------------------------------------------------------------------------------------------
 
 
-def frozen(name: str, dtype: torch.dtype, checkpointed: bool) -> FrozenModel:
+def frozen(name: str, dtype: torch.dtype, checkpointed: bool, template: tuple[int, int] = (1, 0)) -> FrozenModel:
+    """With so many tokens before the soft prefix and behind it."""
     family, cpu = FAMILIES[name], torch.device("cpu")
     model = family.model_class._from_config(family.config("tiny"), dtype=dtype, attn_implementation=install())
     layers = trained_through(model.requires_grad_(False).eval(), compiled=False, checkpointed=checkpointed)
-    head, tail = (torch.zeros(1, length, model.config.hidden_size, dtype=dtype) for length in (1, 0))
-    past: tuple[None, ...] = (None,) * len(layers)
+    head, tail = (torch.zeros(1, length, model.config.hidden_size, dtype=dtype) for length in template)
+    head, past = read_once(model, head, (cpu,))
     return FrozenModel(name, model, Path(), cast(Script, None), head, past, tail, (cpu,), layers, error_function(False))
 
 
@@ -144,6 +145,19 @@ def test_what_autograd_keeps_of_a_frozen_model(name: str, dtype: torch.dtype, ch
     module = of_model(name, dtype)
     of_layer = module.layer_input_bytes if checkpointed else module.layer_kept_bytes
     assert kept_of_loss(frozen(name, dtype, checkpointed)) == module.num_layers * of_layer + module.back_kept_bytes
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_autograd_keeps_beside_a_template_that_is_read_once(name: str) -> None:
+    """To the byte: attention keeps its keys and values with each sample's, and nothing else is kept of it."""
+    options = make_options("tiny", latent_len=LATENTS)
+    options[name]["use_chat_template"] = True
+    found = footprint(options, TrainSection(precision="fp32"))
+    assert found is not None
+    module = next(module for module in found.modules if module.name == name)
+    model = frozen(name, torch.float32, False, (HEAD_TOKENS, TAIL_TOKENS))
+    assert model.head.shape[1] == 0
+    assert kept_of_loss(model) == module.num_layers * module.layer_kept_bytes + module.back_kept_bytes
 
 
 def of_model(name: str, dtype: torch.dtype) -> FrozenModule:

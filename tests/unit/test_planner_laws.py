@@ -87,6 +87,7 @@ def test_a_plan_covers_the_batch_fits_and_obeys(
             memory = [gpus[int(device.removeprefix("cuda:"))].memory_bytes for device in rank]
             for peak, all_of_it in zip(placement.peak_bytes, memory, strict=True):
                 assert peak <= config.elastic.memory_target * all_of_it + 1
+        assert placement.in_flight == 1 or len(placement.devices[0]) > 1
         how = (placement.micro_batch, placement.gradient_checkpointing, placement.in_flight)
         assert placement.peak_bytes == predict(footprint, placement.modules, *how)
         assert {place for places in placement.modules.values() for place in places} <= set(range(len(rank)))

@@ -162,7 +162,11 @@ class PairWorkload:
             return hop(self._wire.prefix(name, latents), self._frozen[name].devices[0])
 
     def _loss(self, name: str, prefix: Tensor, batch: PairBatch) -> Tensor:
-        """Mean cross-entropy of one model over the target tokens, where the wire is."""
+        """Mean cross-entropy of one model over the target tokens, where the wire is.
+
+        No ``hop``: its gradient would keep the wire's GPU, and the other model's backward pass on it, waiting until the
+        forward pass here is over.
+        """
         return self._frozen[name].loss(prefix, batch.targets[name]).to(self._device)
 
     def _autocast(self) -> contextlib.AbstractContextManager[None]:
