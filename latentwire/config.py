@@ -26,7 +26,6 @@ from latentwire.sbatch import refuse_unknown
 from latentwire.target import options_model
 from latentwire.tree import overridden, read_tree
 
-IDENTITY = ("seed", "workload", "train")
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 """Experiment trackers by the names that accelerate has for them; a test compares."""
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -414,7 +413,9 @@ class Config(Section):
 
     def identity(self) -> dict[str, Any]:
         """The part that decides the result."""
-        return self.model_dump(mode="json", include=set(IDENTITY))
+        return self.model_dump(
+            mode="json", include={"seed": True, "workload": True, "train": True, "elastic": {"exact"}}
+        )
 
     def digest(self) -> str:
         """SHA-256 of the identity, the same on any machine."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 from latentwire.elastic.candidates import Candidate, Job, candidates
@@ -94,9 +95,10 @@ def _what(job: Job, chosen: Candidate) -> str:
     if not job.gpus:
         words = f"no GPU: {chosen.num_ranks} on the CPU"
     else:
-        words = f"{chosen.num_gpus} of {len(job.gpus) * job.num_nodes} GPUs"
+        words = f"{chosen.num_gpus} of {len(job.gpus) * job.num_nodes} GPUs{_left_out(job, chosen)}"
     if job.num_nodes > 1:
-        words += f", {job.num_nodes} nodes"
+        at_work = len(set(chosen.nodes))
+        words += f", {at_work} of {job.num_nodes} nodes" if at_work < job.num_nodes else f", {job.num_nodes} nodes"
     if job.gpus and job.gpus[0].is_mig:
         words += ", as a process sees one MIG slice"
     if chosen.modules:
@@ -106,6 +108,13 @@ def _what(job: Job, chosen: Candidate) -> str:
     if chosen.in_flight > 1:
         words += f", {chosen.in_flight} micro-batches at once"
     return words
+
+
+def _left_out(job: Job, chosen: Candidate) -> str:
+    """Where a node's GPUs are not alike, those that no rank uses: `` (not 3: L4)``."""
+    used = {gpu for gpus in chosen.gpus for gpu in gpus}
+    idle = [f"{number}: {gpu.name}" for number, gpu in enumerate(job.gpus) if number not in used]
+    return f" (not {', '.join(idle)})" if idle and len(set(job.gpus)) > 1 else ""
 
 
 def _expected(job: Job, chosen: Candidate) -> list[str]:
@@ -124,7 +133,7 @@ def _faster_with_less(job: Job, chosen: Candidate) -> list[str]:
     if len(chosen.smallest_gpus) < 2 or job.one_at_a_time or job.halvings:
         return []
     for smaller in _smaller_divisors(job):
-        fitting = [each for each in candidates(_with(job, "train", "micro_batch", smaller)) if each.fits]
+        fitting = [each for each in candidates(_with(job, "train.micro_batch", smaller)) if each.fits]
         best = max(fitting, key=lambda each: each.pace, default=chosen)
         if best.pace > _WORTH_A_WORD * chosen.pace:
             faster = best.pace / chosen.pace
@@ -133,18 +142,9 @@ def _faster_with_less(job: Job, chosen: Candidate) -> list[str]:
 
 
 def _cures(job: Job) -> str:
-    cures = []
-    for section, key, value in (
-        ("train", "gradient_checkpointing", "auto"),
-        ("train", "micro_batch", _smaller_micro_batch(job)),
-        ("elastic", "num_ranks", None),
-        ("elastic", "gpus_per_replica", None),
-        ("elastic", "memory_target", _HIGHEST_TARGET),
-    ):
-        changed = _with(job, section, key, value)
-        if changed != job and _fits(changed):
-            cures.append(f"{section}.{key}: {'null' if value is None else value}")
-    more = next((n for n in range(len(job.gpus) + 1, MAX_REPLICAS + 1) if _fits(_with_gpus(job, n))), None)
+    """What would make it fit, the fastest first; two changes together where none helps alone."""
+    cures = _helpful(job, 1) or _helpful(job, 2)
+    more = next((n for n in range(len(job.gpus) + 1, MAX_REPLICAS + 1) if _pace(_with_gpus(job, n))), None)
     if more is not None and not job.gpus[0].is_mig:
         cures.append(f"{more} such GPUs")
     if not cures:
@@ -152,12 +152,41 @@ def _cures(job: Job) -> str:
     return f"What helps: {', or '.join(cures)}"
 
 
+def _helpful(job: Job, num_changes: int) -> list[str]:
+    """So many changes of the config at a time: those with which it fits, in words, the fastest first."""
+    paces = {}
+    for keys in itertools.combinations(_CURES, num_changes):
+        steps = [job]
+        for key in keys:
+            steps.append(_with(steps[-1], key, _CURES[key](steps[-1])))
+        if all(before != after for before, after in itertools.pairwise(steps)) and (pace := _pace(steps[-1])):
+            paces[" and ".join(f"{key}: {_value(steps[-1], key)}" for key in keys)] = pace
+    return sorted(paces, key=lambda words: -paces[words])
+
+
+def _value(job: Job, key: str) -> object:
+    """As it stands in the config's YAML."""
+    section, name = key.split(".")
+    value = getattr(getattr(job.config, section), name)
+    return "null" if value is None else value
+
+
 def _smaller_micro_batch(job: Job) -> int | Literal["auto"]:
     """The largest that would fit; what it is where none would, or where the planner was free to choose."""
     given = job.config.train.micro_batch
     if given == "auto" or job.halvings:
         return given
-    return next((d for d in _smaller_divisors(job) if _fits(_with(job, "train", "micro_batch", d))), given)
+    return next((d for d in _smaller_divisors(job) if _pace(_with(job, "train.micro_batch", d))), given)
+
+
+_CURES: Mapping[str, Callable[[Job], object]] = {
+    "train.gradient_checkpointing": lambda job: "auto",
+    "elastic.num_ranks": lambda job: None,
+    "elastic.gpus_per_replica": lambda job: None,
+    "elastic.memory_target": lambda job: _HIGHEST_TARGET,
+    "train.micro_batch": _smaller_micro_batch,
+}
+"""What a key may be set to; the micro-batch last, as the largest that fits depends on the others."""
 
 
 def _smaller_divisors(job: Job) -> list[int]:
@@ -168,9 +197,10 @@ def _smaller_divisors(job: Job) -> list[int]:
     return [d for d in range(train.micro_batch - 1, 0, -1) if train.global_batch % d == 0]
 
 
-def _with(job: Job, section: str, key: str, value: object) -> Job:
+def _with(job: Job, key: str, value: object) -> Job:
     """The job with another value in its config."""
-    changed = getattr(job.config, section).model_copy(update={key: value})
+    section, name = key.split(".")
+    changed = getattr(job.config, section).model_copy(update={name: value})
     return dataclasses.replace(job, config=job.config.model_copy(update={section: changed}))
 
 
@@ -179,8 +209,9 @@ def _with_gpus(job: Job, num_gpus: int) -> Job:
     return dataclasses.replace(job, gpus=(*job.gpus, *[smallest] * (num_gpus - len(job.gpus))))
 
 
-def _fits(job: Job) -> bool:
+def _pace(job: Job) -> float:
+    """Of the fastest candidate that fits; 0 where none does."""
     try:
-        return any(candidate.fits for candidate in candidates(job))
+        return max((candidate.pace for candidate in candidates(job) if candidate.fits), default=0.0)
     except ConfigError:
-        return False
+        return 0.0

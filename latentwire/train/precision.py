@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import torch
 
@@ -22,7 +23,11 @@ def make_repeatable(cpu_threads: int, deterministic: bool) -> None:
     torch.set_num_threads(cpu_threads)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when its handle is made
-        torch.use_deterministic_algorithms(True)
+        os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"  # the compiler reads it when it is imported
+        if "torch._inductor.config" in sys.modules:
+            torch.use_deterministic_algorithms(True)
+        else:  # the same, without importing the compiler
+            torch.set_deterministic_debug_mode("error")
         # filling is for finding bugs, and costs 2 % of a step
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.backends.cudnn.benchmark = False

@@ -155,11 +155,12 @@ class HangWatch:
         self._journals = {rank: Follower(attempt.path / f"events.rank{rank}.jsonl") for rank in ranks}
         self._words: dict[int, _Word] = {}
         self._told: dict[str, Any] | None = None
+        self._words_told: dict[int, _Word] = {}
         self._every_s = min(_LOOK_EVERY_S, section.hang_s / 2)
         self._next_look = 0.0
 
     def look(self) -> str | None:
-        """Name who keeps others waiting, in a ``hang`` event; ``hang_over`` when nobody does any more.
+        """Name who keeps others waiting, in a ``hang`` event, again with each new word; ``hang_over`` when nobody does.
 
         Reads every few seconds, and then only what was added to the journals since.
 
@@ -178,9 +179,9 @@ class HangWatch:
         if hang is None:
             self._tell_the_end()
             return None
-        if self._told is None or any(hang[key] != self._told[key] for key in ("ranks", "waiting")):
+        if self._told is None or self._words != self._words_told:
             self._event("hang", **hang)
-        self._told = hang
+        self._told, self._words_told = hang, dict(self._words)
         return tell_hang(hang) if hang["waited_s"] >= self._section.timeout_s else None
 
     def _take(self, rank: int, record: dict[str, Any], now: float) -> None:

@@ -346,13 +346,13 @@ def test_a_process_sees_one_slice() -> None:
 @pytest.mark.parametrize(
     ("gpus", "changes", "cure"),
     [
-        ("1xH100-60GB", {}, r"4\.0 GB are missing.* What helps: .*gradient_checkpointing: auto, or .*micro_batch: 4"),
-        ("1xH100-40GB", {}, r"What helps: 2 such GPUs$"),
+        ("1xH100-60GB", {}, r"4\.0 GB are missing.* What helps: .*micro_batch: 4, or .*gradient_checkpointing: auto"),
+        ("1xH100-40GB", {}, r"helps: train\.gradient_checkpointing: auto and elastic\.memory_target: 0\.85, or 2 such"),
         ("2xA100-40GB", {"num_ranks": 2}, r"What helps: elastic\.num_ranks: null"),
         ("2xA100-40GB", {"elastic": {"gpus_per_replica": 1}}, r"What helps: elastic\.gpus_per_replica: null"),
         ("1xH100-58GB", {"train": {"gradient_checkpointing": True}, "elastic": {"memory_target": 0.5}}, "target: 0.85"),
         ("1xH100-4GB", {}, "Use larger GPUs, or shorter samples"),
-        ("1xH100-MIG-40GB", {}, "Use larger GPUs, or shorter samples"),
+        ("1xH100-MIG-40GB", {}, r"gradient_checkpointing: auto and elastic\.memory_target: 0\.85$"),
     ],
 )
 def test_where_nothing_fits_the_error_names_what_would(gpus: str, changes: dict[str, Any], cure: str) -> None:
@@ -366,6 +366,12 @@ def test_the_words_say_why_this_and_not_the_others() -> None:
     assert "slower: 1 whole replica (3.00 times) / 2 whole replicas (1.50 times)" in why
     why = best("2xA100-40GB").why
     assert "does not fit: 1 whole replica (19.0 GB too much on GPU 0)" in why
+
+
+def test_the_words_name_what_stays_idle() -> None:
+    assert "1 of 2 GPUs (not 0: L4)" in best("1xL4-24GB+1xH100-80GB").why
+    assert "not" not in best("2xH100-80GB", num_ranks=1).why.split(";")[0]
+    assert "4 of 5 GPUs, 4 of 5 nodes" in plan(config(), has("H100-80GB"), PAIR, num_nodes=5).why
 
 
 def test_what_the_workload_assumed_is_passed_on() -> None:
