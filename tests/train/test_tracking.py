@@ -193,7 +193,8 @@ def test_a_service_is_told_what_decides_the_result_and_no_secret(
     alerts = {"webhook": "https://hooks.example/a-secret-path", "command": ["notify", "--secret"]}
     send_all(make_run(tmp_path, alerts=alerts), "wandb")
     (start,) = wandb.starts
-    assert start["config"].keys() == {"name", "seed", "workload", "train"}
+    assert start["config"].keys() == {"name", "seed", "workload", "train", "elastic"}
+    assert start["config"]["elastic"] == {"exact": True}, "and nothing else of it"
     assert "secret" not in str(start)
 
 
