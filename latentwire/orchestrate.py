@@ -21,6 +21,7 @@ from latentwire.errors import ConfigError, LatentWireError, SchedulerError
 from latentwire.fleet import load_fleet
 from latentwire.run.atomic import read_json, write_json
 from latentwire.run.directory import Run, create_run, list_runs, open_run, refuse_another_identity, run_of
+from latentwire.run.disk import told
 from latentwire.run.lease import Lease
 from latentwire.run.resuming import take_back_stops
 from latentwire.run.status import run_status
@@ -84,7 +85,7 @@ def main(
         else:
             raise SystemExit(_orchestrate(request))
     except (LatentWireError, OSError) as error:
-        print(f"latentwire: {error}", file=sys.stderr)
+        print(f"latentwire: {told(error) if isinstance(error, OSError) else error}", file=sys.stderr)
         raise SystemExit(1) from None
 
 

@@ -13,6 +13,7 @@ import sys
 from latentwire.cli import status
 from latentwire.cli.text import visible
 from latentwire.errors import LatentWireError
+from latentwire.run.disk import told
 
 
 def main() -> None:
@@ -34,7 +35,8 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (LatentWireError, OSError) as error:
-        print(f"latentwire: {visible(str(error))}", file=sys.stderr)
+        words = told(error) if isinstance(error, OSError) else str(error)
+        print(f"latentwire: {visible(words)}", file=sys.stderr)
         sys.exit(1)
 
 

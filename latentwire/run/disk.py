@@ -15,8 +15,11 @@ _CURES = {
     errno.EIO: "the disk or its server fails: see `dmesg` on the node and tell its administrator",
     errno.EMFILE: "too many open files: raise `ulimit -n`, or look for what leaves files open",
     errno.ENFILE: "the node has too many open files: tell its administrator",
-    errno.EACCES: "make it writable for this user",
-    errno.EPERM: "make it writable for this user",
+    errno.EACCES: "make it readable and writable for this user",
+    errno.EPERM: "make it readable and writable for this user",
+    errno.ENOENT: "see whether the path is right",
+    errno.ENOTDIR: "see whether the path is right",
+    errno.EISDIR: "give the path of a file",
     errno.ETIMEDOUT: "see the other ranks' logs and the load of their disks",
     errno.ESTALE: "the file server has lost it: have it mounted again on this node",
 }
@@ -33,14 +36,15 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def told(error: OSError, folder: Path) -> str:
+def told(error: OSError, folder: Path | None = None) -> str:
     """``<file>: No space left on device; free some space there``.
 
     Args:
         error: what the disk said.
-        folder: named where the error names no file.
+        folder: named where the error names no file; None: such an error is not of a disk, and keeps its own words.
     """
-    if error.errno is None:  # ours, with a text of its own
+    where = error.filename or folder
+    if error.errno is None or where is None:
         return str(error)
     cure = _CURES.get(error.errno, "see whether the file system is well")
-    return f"{os.fspath(error.filename or folder)}: {error.strerror}; {cure}"
+    return f"{os.fsdecode(where)}: {error.strerror}; {cure}"

@@ -6,6 +6,7 @@ import json
 import time
 from pathlib import Path
 
+from cli_parts import finished_run
 from playwright.sync_api import Browser, Route
 from running import KILL, SLOW_ENOUGH, agent_of, make_run, run_agent, wait_for, wait_for_steps
 from serving_parts import TOKEN, Serve, Tab
@@ -49,6 +50,27 @@ def test_a_live_run_is_watched_preempted_and_watched_again(browser: Browser, ser
         assert steps == list(range(1, steps[-1] + 1))
         assert tab.page.evaluate("document.querySelectorAll('.js-plotly-plot')[1].dataset.seen") == drawn
         agent.send(KILL)
+    tab.close()
+
+
+def test_a_wrong_token_is_told_from_none_and_a_run_that_is_over_has_no_buttons(
+    browser: Browser, serve: Serve, tmp_path: Path
+) -> None:
+    run = finished_run(tmp_path)
+    run.path.rename(tmp_path / run.path.name)  # the dashboard's folder
+    tab = Tab(browser)
+    tab.open(f"{serve('--allow-actions', token=TOKEN).address}runs/{run.name}")
+    for given, why in (("a-wrong-one", "wants the token that it"), (TOKEN, "That is not the token that this")):
+        tab.wait_for_text(why)
+        tab.page.get_by_label("Token").fill(given)
+        tab.page.get_by_role("button", name="Open").click()
+    tab.wait_for_text("DONE")
+    for name in ("Save now", "Preempt", "Cancel run"):
+        button = tab.page.get_by_role("button", name=name)
+        assert (button.is_disabled(), button.get_attribute("title")) == (True, "The run is DONE.")
+    assert len(tab.errors) == 2
+    assert all("401" in error for error in tab.errors), "a browser's console names each refusal"
+    tab.errors.clear()
     tab.close()
 
 

@@ -47,6 +47,9 @@ def test_the_command_says_where_the_page_is_and_what_is_missing(tmp_path: Path) 
     assert latentwire("report", "toy", "--to", str(elsewhere), *runs_dir).returncode == 0
     assert "not started yet" in elsewhere.read_text()
     assert "there is no run 'toys'" in latentwire("report", "toys", *runs_dir).stderr
+    refused = latentwire("report", "toy", "--to", "/proc/page.html", *runs_dir)
+    assert refused.returncode == 1
+    assert "No such file or directory; see whether the path is right" in refused.stderr
 
 
 def test_without_the_extra_both_commands_name_the_cure(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ async function follow(path, take, tell) {
     try {
       const response = await fetch(path, { headers: token.headers(), cache: "no-store" });
       if (response.status === 401) {
-        await askForToken();
+        const wasGiven = Boolean(token.headers().Authorization);
+        await askForToken(wasGiven ? "That is not the token that this dashboard was started with." : "This dashboard wants the token that it was started with.");
         continue;
       }
       if (!response.ok) throw new Error(await response.text());
@@ -52,10 +53,10 @@ async function follow(path, take, tell) {
   }
 }
 
-function askForToken() {
+function askForToken(why) {
   return new Promise((resolve) => {
     const input = make("input", { type: "password", autocomplete: "off", required: true, ariaLabel: "Token" });
-    const form = make("form", { method: "dialog" }, make("p", {}, "This dashboard wants the token that it was started with."),
+    const form = make("form", { method: "dialog" }, make("p", {}, why),
       input, " ", make("button", { className: "plain" }, "Open"));
     const dialog = make("dialog", {}, form);
     dialog.addEventListener("close", () => {

@@ -4,7 +4,9 @@
   token.take();
   const name = decodeURIComponent(location.pathname.split("/").pop());
   const api = `/api/runs/${encodeURIComponent(name)}`;
+  const OVER = ["DONE", "FAILED", "STOPPED", "CANCELLED"];
   let isDrawing = false;
+  let isAsking = false;
   const page = new RunPage(document.getElementById("main"));
   const ACTIONS = [
     ["save", "Save now", `Let ${name} save now and go on?`],
@@ -12,8 +14,9 @@
     ["cancel", "Cancel run", `Let ${name} save and leave, and start it no more?`],
   ];
 
-  async function act(action, button) {
-    button.disabled = true;
+  async function act(action) {
+    isAsking = true;
+    enableActions();
     const said = document.getElementById("said");
     try {
       const response = await fetch(`${api}/${action}`, { method: "POST", headers: token.headers() });
@@ -21,14 +24,23 @@
     } catch (error) {
       said.textContent = `${action}: ${error.message}`;
     }
-    button.disabled = false;
+    isAsking = false;
+    enableActions();
+  }
+
+  function enableActions() {
+    const { state } = page.status;
+    for (const button of page.actions.children) {
+      button.disabled = isAsking || OVER.includes(state);
+      button.title = OVER.includes(state) ? `The run is ${state}.` : "";
+    }
   }
 
   function showActions() {
     if (!page.actions || page.actions.childElementCount) return;
     page.actions.append(...ACTIONS.map(([action, title, question]) => {
       const button = make("button", { className: "plain", type: "button" }, title);
-      button.onclick = async () => (await confirmed(question, title)) && act(action, button);
+      button.onclick = async () => (await confirmed(question, title)) && act(action);
       return button;
     }));
   }
@@ -41,5 +53,6 @@
       setTimeout(() => Chart.drawWith(make("script", { src: source })), 50); // once the tables are shown
     }
     if (message.actions) showActions();
+    if (page.actions?.childElementCount) enableActions();
   }, connection());
 }
