@@ -5,6 +5,9 @@ RUNS ?= runs
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
+# Some containers set it. Each of the hundreds of processes of a test run would compile our modules anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: run install quickstart test test-fast test-slurm nightly cluster cluster-down lint drill checklist clean
 
 run: $(INSTALLED) quickstart
