@@ -170,7 +170,7 @@ def _configs(request: _Request) -> tuple[list[Config], int | None]:
             f"{request.names[0]!r} is neither an override a.b=c nor, without --resume, the name of a run to go on with"
         )
     if request.overrides and not request.configs:
-        raise ConfigError("overrides need a --config; a run that exists keeps the config it was started with")
+        raise ConfigError("overrides need a --config: --resume alone starts runs with the config that they have")
     fleets = [load_fleet(path, request.overrides) for path in request.configs]
     configs = [config for fleet in fleets for config in fleet.configs]
     names = [config.name for config in configs]

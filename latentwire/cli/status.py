@@ -132,7 +132,7 @@ def facts(run: SeenRun, state: RunStatus, now: float) -> list[tuple[str, str]]:
         "GPUs": _gpus(run) if state.state in ALIVE else None,
         "preempted": _times(state.num_preemptions),
         "lost": _times(state.num_lost) if state.num_lost else None,
-        "orchestrator": _orchestrator(run),
+        "orchestrator": _orchestrator(run, state.state),
         "weights": state.weights_sha256 and f"SHA-256 {state.weights_sha256}",
         "directory": state.path,
     }
@@ -155,11 +155,15 @@ def _times(number: int) -> str:
     return "once" if number == 1 else f"{number} times"
 
 
-def _orchestrator(run: Run) -> str:
+def _orchestrator(run: Run, state: str) -> str:
+    from latentwire.run.goodput import was_submitted
     from latentwire.run.lease import Lease
 
     holder = Lease(run.lease_path).holder()
-    return "none" if holder is None else f"pid {holder.pid} on {holder.host}"
+    if holder is not None:
+        return f"pid {holder.pid} on {holder.host}"
+    waits = state in ("PREEMPTED", "LOST", "RETRYING") and was_submitted(run.own_events())
+    return "none" + (f": python -m latentwire.orchestrate --resume {run.name}" if waits else "")
 
 
 def _attempt_row(attempt: Attempt, running: bool, now: float) -> tuple[str, ...]:

@@ -96,9 +96,10 @@ def _what(job: Job, chosen: Candidate) -> str:
         words = f"no GPU: {chosen.num_ranks} on the CPU"
     else:
         words = f"{chosen.num_gpus} of {len(job.gpus) * job.num_nodes} GPUs{_left_out(job, chosen)}"
-    if job.num_nodes > 1:
-        at_work = len(set(chosen.nodes))
-        words += f", {at_work} of {job.num_nodes} nodes" if at_work < job.num_nodes else f", {job.num_nodes} nodes"
+    if job.num_nodes > MAX_REPLICAS:
+        words += f", {MAX_REPLICAS} of {job.num_nodes} nodes (a run has at most {MAX_REPLICAS} ranks)"
+    elif job.num_nodes > 1:
+        words += f", {job.num_nodes} nodes"
     if job.gpus and job.gpus[0].is_mig:
         words += ", as a process sees one MIG slice"
     if chosen.modules:
@@ -144,9 +145,13 @@ def _faster_with_less(job: Job, chosen: Candidate) -> list[str]:
 def _cures(job: Job) -> str:
     """What would make it fit, the fastest first; two changes together where none helps alone."""
     cures = _helpful(job, 1) or _helpful(job, 2)
-    more = next((n for n in range(len(job.gpus) + 1, MAX_REPLICAS + 1) if _pace(_with_gpus(job, n))), None)
-    if more is not None and not job.gpus[0].is_mig:
-        cures.append(f"{more} such GPUs")
+    if not job.gpus[0].is_mig:
+        larger = [_with_gpus(job, number) for number in range(len(job.gpus) + 1, MAX_REPLICAS + 1)]
+        such = "such GPUs" + (" on each node" if job.num_nodes > 1 else "")
+        cures += next(([f"{len(more.gpus)} {such}"] for more in larger if _pace(more)), [])
+        if not cures:
+            found = ((len(more.gpus), cure) for more in larger for cure in _helpful(more, 1)[:1])
+            cures += next(([f"{number} {such} and {cure}"] for number, cure in found), [])
     if not cures:
         return "Use larger GPUs, or shorter samples"
     return f"What helps: {', or '.join(cures)}"
@@ -172,11 +177,13 @@ def _value(job: Job, key: str) -> object:
 
 
 def _smaller_micro_batch(job: Job) -> int | Literal["auto"]:
-    """The largest that would fit; what it is where none would, or where the planner was free to choose."""
+    """The fastest that would fit; what it is where none would, or where the planner was free to choose."""
     given = job.config.train.micro_batch
     if given == "auto" or job.halvings:
         return given
-    return next((d for d in _smaller_divisors(job) if _pace(_with(job, "train.micro_batch", d))), given)
+    paces = {divisor: _pace(_with(job, "train.micro_batch", divisor)) for divisor in _smaller_divisors(job)}
+    fastest = max(paces, key=lambda divisor: paces[divisor], default=given)
+    return fastest if paces.get(fastest) else given
 
 
 _CURES: Mapping[str, Callable[[Job], object]] = {
@@ -186,7 +193,7 @@ _CURES: Mapping[str, Callable[[Job], object]] = {
     "elastic.memory_target": lambda job: _HIGHEST_TARGET,
     "train.micro_batch": _smaller_micro_batch,
 }
-"""What a key may be set to; the micro-batch last, as the largest that fits depends on the others."""
+"""What a key may be set to; the micro-batch last, as the fastest that fits depends on the others."""
 
 
 def _smaller_divisors(job: Job) -> list[int]:

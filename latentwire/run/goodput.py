@@ -40,6 +40,7 @@ FIRST_START = "first start"
 
 _SIGNS_OF_TROUBLE = ("waiting", "stuck", "goes_on")
 _BEGINS = ("submitting", "submitted", "resumed")
+_FOR_GOOD = ("finished", "interrupted", "cancelled")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +130,7 @@ def ledger_of(run: Run, now: float, alive: bool) -> Ledger:
     """
     attempts = run.attempts()
     own = run.own_events()
+    for_good = _FOR_GOOD if was_submitted(own) else (*_FOR_GOOD, "failed")
     claims = [_claimed(attempt) for attempt in attempts]
     begun = [time_of(e) for e in own if e.get("event") in _BEGINS]
     known = [time_s for time_s in (*begun[:1], *claims[:1]) if time_s > 0]
@@ -148,8 +150,13 @@ def ledger_of(run: Run, now: float, alive: bool) -> Ledger:
         again_here = verdict.outcome == "failed" and following is not None and _same_job(attempt, following)
         until = _claimed(following) if following is not None else now
         meanwhile = [e for e in own if painter.open_ms <= _ms(time_of(e)) and time_of(e) <= until]
-        _paint_gap(painter, told.num_gpus, verdict, meanwhile, again_here)
-    return painter.ledger(_end_ms(run, own, attempts, painter.open_ms, now, alive))
+        _paint_gap(painter, told.num_gpus, verdict, meanwhile, again_here, verdict.outcome in for_good)
+    return painter.ledger(_end_ms(run, own, attempts, painter.open_ms, now, alive, for_good))
+
+
+def was_submitted(own_events: Iterable[dict[str, Any]]) -> bool:
+    """Whether it was ever a job of ours; else it is a program of the user's, which nobody tries again."""
+    return any(event.get("event") in _BEGINS for event in own_events)
 
 
 def cause_of(verdict: Verdict) -> str:
@@ -267,7 +274,12 @@ class _Told:
 
 
 def _paint_gap(
-    painter: _Painter, num_gpus: int, verdict: Verdict, meanwhile: Sequence[dict[str, Any]], again_here: bool
+    painter: _Painter,
+    num_gpus: int,
+    verdict: Verdict,
+    meanwhile: Sequence[dict[str, Any]],
+    again_here: bool,
+    for_good: bool,
 ) -> None:
     """What comes between an attempt's end and the next one's claim, by what the orchestrator wrote meanwhile."""
     ended_ms, cause = painter.open_ms, cause_of(verdict)
@@ -279,7 +291,7 @@ def _paint_gap(
             painter.turn(ended_ms, "failed", None, cause, 0)
             painter.turn(_ms(found_out[0]), "queued", None, cause, 0)
     stop = [e for e in meanwhile if e.get("event") == "given_up"]
-    if verdict.outcome in ("finished", "interrupted", "cancelled") or stop:
+    if (for_good and not again_here) or stop:
         painter.turn(_ms(time_of(stop[0])) if stop else ended_ms, "stopped", None, cause, 0)
         again = [time_of(e) for e in meanwhile if e.get("event") in _BEGINS and time_of(e) >= painter.open_ms / 1000]
         if again:
@@ -287,13 +299,19 @@ def _paint_gap(
 
 
 def _end_ms(
-    run: Run, own: Sequence[dict[str, Any]], attempts: Sequence[Attempt], open_ms: int, now: float, alive: bool
+    run: Run,
+    own: Sequence[dict[str, Any]],
+    attempts: Sequence[Attempt],
+    open_ms: int,
+    now: float,
+    alive: bool,
+    for_good: Sequence[str],
 ) -> int:
     """Where the account ends: now, unless nobody wants the run to go on."""
     over = not alive and (
         run.is_cancelled()
         or (bool(own) and own[-1].get("event") == "given_up")
-        or (bool(attempts) and verdict_of(attempts[-1]).outcome in ("finished", "interrupted", "cancelled"))
+        or (bool(attempts) and verdict_of(attempts[-1]).outcome in for_good)
     )
     return open_ms if over else max(open_ms, _ms(now))
 

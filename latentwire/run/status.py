@@ -13,7 +13,7 @@ from typing import Any
 from latentwire.run.budget import verdict_of
 from latentwire.run.directory import Attempt, Run
 from latentwire.run.figures import number, whole
-from latentwire.run.goodput import Ledger, ledger_of
+from latentwire.run.goodput import Ledger, ledger_of, was_submitted
 from latentwire.run.journal import time_of
 from latentwire.run.seen import SeenRun
 from latentwire.run.telling import tell_hang
@@ -253,6 +253,8 @@ def _state(run: SeenRun, alive: bool, outcomes: list[str], facts: _Facts, now: f
         return "FAILED", given_up
     if last is None:
         return "PENDING", "not started yet"
+    if last == "failed" and not was_submitted(run.own_events()):
+        return "FAILED", None
     words = {"preempted": "PREEMPTED", "interrupted": "STOPPED", "cancelled": "CANCELLED", "lost": "LOST"}
     state = words.get(last, "RETRYING")
     if state in ("PREEMPTED", "LOST", "RETRYING") and (job_id := _waiting_job(run)):

@@ -52,10 +52,13 @@ class Feed(abc.ABC):
     """This rank's batches of every step. Made by ``Feeds.add``.
 
     Attributes:
+        num_samples: of the data; None: a stream does not know.
         num_micro_batches: of a step, over all ranks.
         micro_batch: samples of one.
         mine: the micro-batches of each step that are this rank's.
     """
+
+    num_samples: int | None = None
 
     def __init__(
         self, config: Config, ranks: Ranks, global_batch: int, micro_batch: int, collate: Collate | None
@@ -82,6 +85,23 @@ class Feed(abc.ABC):
         """
         return None
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the order of the samples depends on, as JSON."""
+        return {"samples": self.num_samples, "global_batch": self.num_micro_batches * self.micro_batch}
+
+    def check(self, facts: dict[str, Any]) -> None:
+        """Hold it against a checkpoint's.
+
+        Raises:
+            CheckpointMismatch: it would go on with other samples.
+        """
+        if facts != self.facts:
+            raise CheckpointMismatch(
+                f"the run was trained on {_tell(facts)}, and now gets {_tell(self.facts)}: give it what it had, or "
+                "start a new run"
+            )
+
     def resume(self, cursor: Any) -> None:  # noqa: B027
         """Go on from a checkpoint's cursor. Every rank; before ``batches``.
 
@@ -96,6 +116,7 @@ class MapFeed(Feed):
     def __init__(self, data: Sequence[Any], *settings: Any) -> None:
         super().__init__(*settings)
         self._data = data
+        self.num_samples = len(data)
         self._order = SampleOrder(self._config.seed, len(data))
 
     def batches(self, step: int) -> Iterator[Any]:
@@ -201,6 +222,7 @@ class Feeds:
         self._config, self._ranks = config, ranks
         self._feeds: list[Feed] = []
         self._saved: list[Any] = []
+        self._facts: list[dict[str, Any]] = []
 
     def add(self, data: Data, global_batch: int, micro_batch: int, collate: Collate | None) -> Feed:
         """A feed from map-style data or a stream. Every rank, before or after ``resume``.
@@ -218,9 +240,10 @@ class Feeds:
         return feed
 
     def progress(self, step: int) -> dict[str, Any]:
-        """What of a checkpoint's progress is ours; nothing where no feed is a stream. Collective."""
+        """What of a checkpoint's progress is ours. Collective."""
         cursors = [feed.cursor(step) for feed in self._feeds]
-        return {"streams": cursors} if any(cursors) else {}
+        facts = {"feeds": [feed.facts for feed in self._feeds]}
+        return facts | {"streams": cursors} if any(cursors) else facts
 
     def resume(self, progress: dict[str, Any]) -> None:
         """Go on from what ``progress`` returned, also on another number of ranks. Every rank.
@@ -228,10 +251,17 @@ class Feeds:
         Raises:
             CheckpointMismatch: it is of other data.
         """
-        self._saved = progress.get("streams", [])
+        self._saved, self._facts = progress.get("streams", []), progress["feeds"]
         for number in range(len(self._feeds)):
             self._resume(number)
 
     def _resume(self, number: int) -> None:
+        if number < len(self._facts):
+            self._feeds[number].check(self._facts[number])
         if number < len(self._saved) and self._saved[number] is not None:  # else it is new: it begins at the beginning
             self._feeds[number].resume(self._saved[number])
+
+
+def _tell(facts: dict[str, Any]) -> str:
+    data = "a stream" if facts["samples"] is None else f"{facts['samples']} samples"
+    return f"{data} in batches of {facts['global_batch']}"

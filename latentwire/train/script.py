@@ -33,7 +33,7 @@ class Script:
         self.config = _config_of(path, seed, settings)
         self.run = create_run(self.config, path.parent)
         running = self.run.running_attempt()
-        if running is not None:
+        if running is not None and running.ended() is None:  # this process may have ended one before, in a notebook
             raise RunBusy(f"{path} is in use by attempt {running.number}, {running.agent()}: wait for it, or end it")
         self.attempt = self.run.claim_attempt(os.environ.get("SLURM_JOB_ID", str(os.getpid())), "script")
         self._journal = Journal(self.attempt.path / "events.agent.jsonl")

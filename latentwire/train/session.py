@@ -28,6 +28,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from latentwire.checkpoint.reader import Loaded
 from latentwire.config import Config
@@ -132,8 +133,14 @@ class Session:
 
         Raises:
             NoUsableCheckpoint, CheckpointMismatch, NoSpace: see there. Nothing was changed on disk.
+            RunError: nothing is tracked.
         """
         assert self._saving is None, "restore() once, before the first step"
+        if self._state.is_empty:
+            raise RunError(
+                "nothing is tracked, so that a restart would begin with fresh weights: "
+                "session.track(model=model, optimizer=optimizer) before the first batch"
+            )
         started = time.monotonic()
         manager = recovery.make_manager(
             self.run, self.attempt, self.config, self.ranks, self.frozen_digests, self.event
@@ -258,10 +265,12 @@ class Session:
 
         Raises:
             Preempted: the state is on disk; let it pass.
+            RunError: nothing is tracked, or an optimizer makes steps that is not.
         """
         if self._saving is None:
             self.restore()
         self.event("training_started", step=self.step, total_steps=total)
+        looking = register_optimizer_step_post_hook(self._state.refuse_untracked)
         try:
             while True:
                 self._evaluate_if_due(total, evaluate, evaluate_every)
@@ -272,6 +281,7 @@ class Session:
                 yield self.step
                 self._end_step()
         finally:
+            looking.remove()
             for share in self._shares:
                 share.close()
         self._save_the_end()

@@ -7,6 +7,7 @@ which ``{"__tensor__": name}`` stands where a tensor was.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -67,6 +68,28 @@ class TrainingState:
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """Those that are tracked."""
         return [s for s in self._tracked.values() if isinstance(s, torch.optim.Optimizer)]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is tracked."""
+        return not self._tracked
+
+    def refuse_untracked(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        """Called after each step of any optimizer; one that some tracked object wraps is tracked.
+
+        Raises:
+            RunError: it trains tracked parameters and has a state that no checkpoint would hold.
+        """
+        parts = itertools.chain.from_iterable(map(_parts, self._tracked.values()))
+        if not optimizer.state or any(part is optimizer for part in parts):
+            return
+        modules = [s for s in self._tracked.values() if isinstance(s, torch.nn.Module)]
+        tracked = {id(parameter) for module in modules for parameter in module.parameters()}
+        if any(id(parameter) in tracked for group in optimizer.param_groups for parameter in group["params"]):
+            raise RunError(
+                f"{type(optimizer).__name__} trains what is tracked and is not tracked itself, so that a restart would "
+                "lose its state: session.track(optimizer=...) before the first batch"
+            )
 
     def snapshot(
         self, step: int, random: Mapping[str, Any], values: Mapping[str, Any], metrics: Mapping[str, float]
@@ -218,3 +241,9 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 def _join(path: str, key: object) -> str:
     return f"{path}.{key}" if path else str(key)
+
+
+def _parts(stateful: Stateful) -> list[object]:
+    """It and what it wraps; a scheduler knows its optimizer, and does not save it."""
+    is_scheduler = isinstance(stateful, torch.optim.lr_scheduler.LRScheduler)
+    return [stateful, *([] if is_scheduler else getattr(stateful, "__dict__", {}).values())]

@@ -146,8 +146,9 @@ def test_a_halved_micro_batch_leaves_each_step_its_samples_and_the_cursor_its_la
 def test_a_stream_that_begins_after_the_checkpoint_begins_at_its_beginning() -> None:
     feeds = feeds_of()
     feeds.add(list(range(9)), 4, 2, as_list)
-    assert feeds.progress(3) == {}
-    feeds.resume({})
+    before = feeds.progress(3)
+    assert "streams" not in before
+    feeds.resume(before)
     late = feeds.add(Numbers(), 16, 2, as_list)
     fresh = feed_of(Numbers())
     assert steps_of(late, late.batches(3), 2) == steps_of(fresh, fresh.batches(0), 2)
@@ -157,8 +158,10 @@ def test_a_stream_that_begins_after_the_checkpoint_begins_at_its_beginning() -> 
 
 
 def test_a_cursor_of_another_stream_is_refused() -> None:
-    saved = {"streams": [feed_of(Numbers()).cursor(0)]}
-    for source, global_batch, said in ((Numbers((*SIZES, 1)), 16, "other shards"), (Numbers(), 12, "8 lanes")):
+    feed = feed_of(Numbers())
+    saved = {"streams": [feed.cursor(0)], "feeds": [feed.facts]}
+    others = ((Numbers((*SIZES, 1)), 16, "other shards"), (Numbers(), 12, "a stream in batches of 16, and now gets"))
+    for source, global_batch, said in others:
         feeds = feeds_of()
         feeds.add(source, global_batch, 2, as_list)
         with pytest.raises(CheckpointMismatch, match=said):

@@ -165,6 +165,7 @@ def test_twice_lost_is_twice_done_again(run: Run) -> None:
 
 
 def test_a_failure_and_the_pause_after_it_in_its_allocation(run: Run) -> None:
+    own(run, "submitted", 0, job_id="1")
     first = trained(run, 0, 0, 5, gpus=1)
     rank(first, "stuck", 28)  # no sign of work
     agent(first, "attempt_ended", 30, outcome="failed", cause="network", error="a cable")
@@ -180,6 +181,14 @@ def test_a_failure_and_the_pause_after_it_in_its_allocation(run: Run) -> None:
     assert {cause: seconds for cause, (seconds, _) in ledger.lost_by_cause().items()} == {
         "network": 8 + 5 + 17, "other": 3 + 17, "first start": 17
     }  # fmt: skip
+
+
+def test_nobody_waits_for_what_no_orchestrator_started(run: Run) -> None:
+    first = trained(run, 0, 0, 5)
+    agent(first, "attempt_ended", 30, outcome="failed", cause="other", error="a bug")
+    assert account(run, now=9000).wall_s == 30
+    trained(run, 500, 5, 6, job_id="2")
+    assert ("stopped", 470) in story(account(run, now=600))
 
 
 def test_what_the_agent_says_of_a_hang_is_no_sign_of_work(run: Run) -> None:

@@ -108,8 +108,9 @@ def test_a_fleet_asks_once_whether_there_is_a_cluster(tmp_path: Path, monkeypatc
 
 def test_a_run_that_was_looked_at_before_it_is_given_up_is_known_to_have_failed(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    end(run.claim_attempt("1", "local"), "failed")
     watched = Watched(run)
+    watched.journal.event("resumed", after_attempt=0)  # somebody looks after it
+    end(run.claim_attempt("1", "local"), "failed")
     watched.fold(100.0, 0.0)
     assert watched.status.state == "RETRYING"
     watched.give_up("2 times other, 1 allowed")

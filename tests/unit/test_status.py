@@ -131,6 +131,7 @@ def test_a_rank_that_is_waited_for_is_named_until_it_comes(run: Run) -> None:
      ("failed", "RETRYING")],
 )  # fmt: skip
 def test_ended(run: Run, outcome: str, state: str) -> None:
+    write_line(run.orchestrator_events, {"time": NOW - 9, "event": "submitted", "job_id": "1"})
     end_attempt(run, outcome, "other")
     assert run_status(run).state == state
     assert run_status(run).phase is None
@@ -138,7 +139,7 @@ def test_ended(run: Run, outcome: str, state: str) -> None:
 
 def test_the_reason_of_a_failure_is_its_error(run: Run) -> None:
     end_attempt(run, "failed", "other")
-    assert state_of(run) == ("RETRYING", "why 1")
+    assert state_of(run) == ("FAILED", "why 1"), "nobody tries again what was no job of ours"
 
 
 def test_lost(run: Run, dead: ProcessIdentity) -> None:
