@@ -43,6 +43,8 @@ _WORDS: dict[str, Callable[[Event], str | None]] = {
     "hang_over": lambda e: f"{_ranks(e.get('ranks', []))} came after {_figure(e.get('waited_s'))} s",
     "alert": lambda e: None if e.get("alert") == "grace" else f"WARNING {e.get('text')}",  # the forecast said so
     "alert_over": lambda e: f"alert over ({e.get('alert')}): {e.get('text')}",
+    "config_changed": lambda e: f"config changed: {'; '.join(e.get('changes', []))}",
+    "monitor_ended": lambda e: f"WARNING the monitor ended {e.get('how')} and is started again",
     "alerts_failed": lambda e: f"WARNING no more alerts in this attempt: {e.get('error')}",
     "alert_not_sent": lambda e: f"WARNING no alert reaches the {e.get('sink')}: {e.get('error')}",
     "micro_batch_halved": lambda e: (

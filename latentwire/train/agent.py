@@ -32,6 +32,7 @@ from latentwire.train.allocation import Allocation
 from latentwire.train.node import ONE_NODE, NodeProcesses, Rendezvous, take_inventory, write_environment
 from latentwire.train.verdicts import RankEnd, judge, said_by_ranks
 from latentwire.train.watch import HangWatch
+from latentwire.tree import differences
 
 _POLL_S = 0.1
 _LOOK_ELSEWHERE_EVERY_S = 0.5
@@ -147,6 +148,7 @@ class _Supervision:
     def _start_and_watch(self) -> Verdict:
         inventory, job = take_inventory(), self.allocation
         self._record_environment(inventory)
+        self._record_config()
         placement = self._plan(inventory)
         write_json(self.attempt.path / "placement.json", dataclasses.asdict(placement))
         self._tell_if_halved(placement)
@@ -203,9 +205,23 @@ class _Supervision:
         if changes:
             self.journal.event("environment_changed", changes=changes, note="bits may differ from here on")
 
+    def _record_config(self) -> None:
+        """What this attempt runs with; what is new since the one before is told, of alerts only the keys."""
+        config = self.config.model_dump(mode="json")
+        write_json(self.attempt.path / "config.json", config)
+        before = self._before()
+        earlier = None if before is None else read_json(before.path / "config.json")
+        changes = differences(earlier, config) if isinstance(earlier, dict) else []
+        if changes:
+            told = [each.partition(":")[0] if each.startswith("alerts.") else each for each in changes]
+            self.journal.event("config_changed", changes=told)
+
+    def _before(self) -> Attempt | None:
+        return next((a for a in reversed(self.run.attempts()) if a.number < self.attempt.number), None)
+
     def _tell_if_halved(self, placement: Placement) -> None:
         """One plan for all ranks: whichever of them ran out of memory, all compute the same from here on."""
-        before = next((a for a in reversed(self.run.attempts()) if a.number < self.attempt.number), None)
+        before = self._before()
         if before is None or verdict_of(before).cause != "oom":
             return
         earlier = read_json(before.path / "placement.json")

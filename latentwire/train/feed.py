@@ -30,12 +30,17 @@ def num_samples(data: Data) -> int | None:
     """How many there are; None: a stream does not know.
 
     Raises:
-        WorkloadError: there are none.
+        WorkloadError: there are none, or they have no addresses.
     """
     if isinstance(data, ShardedSource):
         if not data.shards:
             raise WorkloadError("the training data has no shards: look at what it is made from")
         return None
+    if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        raise WorkloadError(
+            f"{type(data).__name__} has neither len() and [index], as a map-style data set, nor shards and read(), as "
+            "latentwire.ShardedSource: only where a sample has an address does a restart find the next one"
+        )
     if not len(data):
         raise WorkloadError("the training data has no samples: look at what it is made from")
     return len(data)

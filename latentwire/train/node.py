@@ -37,6 +37,7 @@ ONE_NODE = "127.0.0.1"
 LAUNCH_QUEUES = {"CUDA_SCALE_LAUNCH_QUEUES": "4x"}
 _LAST_LINES = 50
 _KILL_AFTER_S = 20.0
+_MONITOR_AGAIN_S = 60.0
 """So long a rank may take to leave."""
 _TRACKERS_END_WITHIN_S = 5.0
 _LAST_TRACKERS_END_WITHIN_S = 60.0
@@ -84,6 +85,7 @@ class NodeProcesses:
         self._handler, self._journal = handler, journal
         self._ranks: dict[int, subprocess.Popen[bytes]] = {}
         self._monitor: subprocess.Popen[bytes] | None = None
+        self._next_monitor = 0.0
         self._trackers = Trackers(attempt, () if allocation.node_rank else config.monitor.trackers, journal)
         self._passed_on: Notice | None = None
         self._interrupted_twice = False
@@ -106,13 +108,24 @@ class NodeProcesses:
         suffix = node_suffix(self._allocation)
         stats = ["--output-dir", str(self._attempt.path), "--file-name", f"gpu_stats{suffix}.jsonl"]
         options = ["--interval", str(self._config.monitor.interval_s), "--until-stdin-closes"]
-        self._monitor = subprocess.Popen(
-            [sys.executable, "-m", "latentwire.monitor", *stats, *options],
-            stdin=subprocess.PIPE,
-            stdout=self._log(f"monitor{suffix}.log"),
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        with os.fdopen(self._log(f"monitor{suffix}.log"), "ab") as log:
+            self._monitor = subprocess.Popen(
+                [sys.executable, "-m", "latentwire.monitor", *stats, *options],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def _keep_monitor(self) -> None:
+        """Its file is the attempt's sign of life: if it ended, tell of it and start it again, once a minute at most."""
+        if self._monitor is None or self._monitor.poll() is None or time.monotonic() < self._next_monitor:
+            return
+        self._next_monitor = time.monotonic() + _MONITOR_AGAIN_S
+        assert self._monitor.stdin is not None
+        self._monitor.stdin.close()
+        self._journal.event("monitor_ended", how=_how(self._monitor.returncode))
+        self._start_monitor()
 
     def _start_rank(self, rank: int, local_rank: int, placement: Placement, rendezvous: Rendezvous) -> None:
         environ = os.environ | {
@@ -178,21 +191,24 @@ class NodeProcesses:
             return Verdict("preempted" if code else "finished", error=f"rank {rank} could not write how it ended")
         if code < 0 and self._handler.notice is not None:
             return Verdict("preempted", step=None, error=f"rank {rank} was ended by {signal.Signals(-code).name}")
-        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
         lines = self._last_lines(rank)
-        error = f"rank {rank} ended {how}: {lines[-1][:300] if lines else 'it left no message'}"
+        error = f"rank {rank} ended {_how(code)}: {lines[-1][:300] if lines else 'it left no message'}"
         if code == -signal.SIGABRT and any("NCCL" in line for line in lines):
             return Verdict("failed", "network", error=error)  # its watchdog does that where another rank is lost
         return Verdict("failed", "killed" if code < 0 else "other", error=error)
 
     def _last_lines(self, rank: int) -> list[str]:
+        """Of what it complained of; bars of progress go to stderr too, and are no complaint."""
         log = self._attempt.path / _log_name("stderr", rank)
-        return log.read_text(errors="replace").strip().splitlines()[-_LAST_LINES:]
+        lines = log.read_text(errors="replace").strip().splitlines()
+        return [line for line in lines if "%|" not in line][-_LAST_LINES:]
 
     def pass_signals_on(self) -> None:
         """Hand on what this process was told since the last call. After a notice it asks the scheduler: a second."""
         self._trackers.look()
         notice = self._handler.notice
+        if notice is None:
+            self._keep_monitor()
         if notice is not None and self._passed_on is None:
             self._passed_on = notice
             self._trackers.begin_to_end()  # beside the ranks' save: afterwards nobody waits for them
@@ -285,6 +301,10 @@ def launch_variables(placement: Placement, environ: Mapping[str, str]) -> dict[s
     """
     needed = LAUNCH_QUEUES if placement.in_flight > 1 else {}
     return {name: value for name, value in needed.items() if name not in environ}
+
+
+def _how(code: int) -> str:
+    return f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
 
 
 def _log_name(stream: str, rank: int) -> str:

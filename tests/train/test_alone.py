@@ -78,12 +78,14 @@ def test_a_run_right_here_is_preempted_and_a_submitted_job_finishes_it(tmp_path:
             wait_for_event(first, "notice", "agent")
         said, _ = process.communicate(timeout=PATIENCE_S)
         assert (process.returncode, said.splitlines()[-1]) == (75, "toy: preempted")
-    code, said = latentwire(tmp_path, "submit", config)
+    code, said = latentwire(tmp_path, "submit", config, "checkpoint.keep=4", "alerts.webhook=http://a-secret.example")
     assert code == 0, said
     assert f"submitted toy on this machine as job {list_jobs(run)[1].job_id}" in said
     wait_for(lambda: run_status(run).state == "DONE", "the job's end")
     first, second = run.attempts()
     assert [verdict_of(a).outcome for a in (first, second)] == ["preempted", "finished"]
+    assert events(second, "config_changed", "agent")[0]["changes"] == ["checkpoint.keep: 3 -> 4", "alerts.webhook"]
+    assert events(first, "config_changed", "agent") == []
     assert events(second, "restored")[0]["step"] == trained_steps(first)[-1]["step"]
     assert final_digests(run) == final_digests(calm)
     assert latentwire(tmp_path, "run", config) == (0, "toy: finished\n")

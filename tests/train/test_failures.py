@@ -6,13 +6,16 @@ import json
 import struct
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-from running import AgentProcess, agent_of, events, make_run, trained_steps
+from running import KILL, NEVER, AgentProcess, agent_of, events, hold, make_run, trained_steps, wait_for, wait_for_event
 
 from latentwire.checkpoint import reader
 from latentwire.run.budget import next_move, verdict_of
+from latentwire.run.journal import read_journal
 
 STEP = 16  # samples of one step
 
@@ -47,7 +50,7 @@ def test_each_cause_is_told_apart_and_overcome(failing: dict[str, AgentProcess])
     assert agent.outcome() == "finished"
     verdicts = [verdict_of(attempt) for attempt in agent.run.attempts()]
     assert [v.cause for v in verdicts] == ["oom", "network", "killed", "other", "killed", None]
-    assert "SIGKILL" in str(verdicts[2].error)
+    assert verdicts[2].error == "rank 0 ended by SIGKILL: the toy complains", "and no bar of progress"
     assert "exit code 3" in str(verdicts[3].error)
     assert "SIGSEGV" in str(verdicts[4].error)
 
@@ -109,3 +112,24 @@ def test_a_skipped_step_leaves_the_weights_alone(failing: dict[str, AgentProcess
     loaded = reader.load(attempt.run.checkpoints / "step-00000008")
     steps = loaded.tensors["optimizer"]["state.0.step"].data
     assert struct.unpack("<f", bytes(steps)) == (6.0,), "8 steps, two of them skipped"
+
+
+def test_a_monitor_that_dies_is_told_of_and_started_again(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    hold(run, "step", 20)
+
+    def monitor(agent: AgentProcess) -> psutil.Process | None:
+        return next((p for p in agent.tree() if "latentwire.monitor" in p.cmdline()), None)
+
+    with agent_of(run) as agent:
+        wait_for_event(agent.attempt, "holding")
+        stats = agent.attempt.path / "gpu_stats.jsonl"
+        first = wait_for(lambda: monitor(agent), "the monitor")
+        first.send_signal(KILL)
+        assert wait_for_event(agent.attempt, "monitor_ended", "agent")["how"] == "by SIGKILL"
+        wait_for(lambda: (second := monitor(agent)) and second.pid != first.pid, "another monitor")
+        before = len(list(read_journal(stats)))
+        wait_for(lambda: len(list(read_journal(stats))) > before + 1, "further samples")
+        hold(run, "step", NEVER)
+        assert agent.outcome() == "finished"
+    assert len(events(agent.attempt, "monitor_ended", "agent")) == 1

@@ -176,6 +176,8 @@ def test_a_stream_without_samples_is_told() -> None:
         feed_of(Numbers(()))
     with pytest.raises(WorkloadError, match="no samples"):
         feed_of([])
+    with pytest.raises(WorkloadError, match=r"generator has neither len\(\) and \[index\]"):
+        feed_of(i for i in range(3))  # type: ignore[arg-type]
 
 
 def test_the_heaviest_sample_is_looked_for_in_a_stream_too() -> None:

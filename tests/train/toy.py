@@ -122,6 +122,7 @@ class Toy:
         _leave_out_the_compiler()
         print("the toy is built")
         print("the toy complains", file=sys.stderr)
+        print("Loading weights:  50%|##   |\rLoading weights: 100%|#####|", file=sys.stderr)
         self._hold("build")
         context.safe_point()
         if self.options.no_data:
