@@ -54,6 +54,7 @@ class Vitals:
         self._step = self._num_steps = 0
         self._skipped: deque[int] = deque(maxlen=_STEPS_COUNTED)
         self._saves: deque[bool] = deque(maxlen=_SAVES_COUNTED)
+        self._save_error = "without a reason"
         self._losses = LossSpread()
         self._warning: str | None = None
 
@@ -72,6 +73,7 @@ class Vitals:
             self._skipped.append(whole(record.get("step"), self._step))
         elif name in ("save_committed", "save_failed", "save_torn"):
             self._saves.append(name == "save_committed")
+            self._save_error = str(record.get("error") or self._save_error)
         elif name == "forecast":
             self._warning = str(record.get("warning") or "")
 
@@ -132,10 +134,11 @@ class Vitals:
         return max(100 * skipped / counted, self._failed_saves_percent())
 
     def error_words(self) -> str:
-        """What the rate of errors is made of."""
-        saves = f"{self._saves.count(False)} of the last {len(self._saves)} saves failed"
-        steps = f"{len(self._skipped)} steps were skipped lately"
-        return f"{steps}, {saves}" if self._saves else steps
+        """What the rate of errors is made of; of saves the last error, which names file and cure."""
+        words = [f"{len(self._skipped)} steps were skipped lately"] if self._skipped else []
+        if False in self._saves:
+            words.append(f"{self._saves.count(False)} of the last {len(self._saves)} saves failed: {self._save_error}")
+        return ", ".join(words) or "no step was skipped and no save failed lately"
 
     def _failed_saves_percent(self) -> float:
         return 100 * self._saves.count(False) / len(self._saves) if self._saves else 0.0

@@ -155,10 +155,10 @@ def test_a_failed_save_is_told_until_five_went_well() -> None:
     attempt = Attempt(checkpoint_age_s=None, no_progress_s=None)
     attempt.train()
     attempt.event("save_committed", step=1)
-    attempt.event("save_failed", step=2, error="full")
+    attempt.event("save_failed", step=2, error="/runs: full; free some space there")
     (raised,) = attempt.wait(2)
     assert (raised.name, raised.value) == ("error_rate", 50.0)
-    assert "1 of the last 2 saves failed" in raised.text
+    assert raised.text == "1 of the last 2 saves failed: /runs: full; free some space there (limit 1 %)"
     for step in range(3, 7):
         attempt.event("save_committed", step=step)
         assert attempt.wait(2) == []
