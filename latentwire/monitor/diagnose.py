@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
@@ -17,6 +18,9 @@ from latentwire.monitor.stats import throttled_s
 
 DATA_BOUND = COMMUNICATION_BOUND = 0.10
 """Of the time: more than so much of it waiting is worth a change."""
+UNEVEN = 0.15
+LONG = 3.0
+"""Times the median: a step of so long was held up by something else."""
 SAVE_BOUND = 0.05
 HOST_BOUND = 0.25
 BUSY_PERCENT = 75.0
@@ -177,6 +181,23 @@ def _communication_bound(figures: _Figures) -> Finding | None:
     return Finding("communication-bound", share, evidence, "train.global_batch", advice)
 
 
+def _uneven(figures: _Figures) -> Finding | None:
+    """Steps that take many times as long as most; what keeps all steps waiting has verdicts of its own."""
+    lengths = [figure_of(step, "step_s") or 0.0 for step in figures.steps]
+    usual_s = statistics.median(lengths) if lengths else 0.0
+    long = [step for step, seconds in zip(figures.steps, lengths, strict=True) if seconds > LONG * usual_s]
+    lost_s = sum((figure_of(step, "step_s") or 0.0) - usual_s for step in long)
+    waited_s = sum(figure_of(step, "data_s") or 0.0 for step in long)
+    if not long or lost_s < UNEVEN * figures.step_s or waited_s > lost_s / 2:
+        return None
+    evidence = (
+        f"{len(long)} of {len(lengths)} steps took up to {max(lengths):.3g} s, half of all steps {usual_s:.3g} s or less: "
+        f"{lost_s / figures.step_s:.0%} of the time"
+    )
+    advice = "something else had the processors, the GPU or the network then: ask for whole nodes, exclusive: true"
+    return Finding("uneven steps", lost_s / figures.step_s, evidence, "scheduler.extra", advice)
+
+
 def _idle_in_saves(figures: _Figures) -> Finding | None:
     share = figures.save_s / (figures.step_s + figures.save_s) if figures.step_s else 0.0
     if share < SAVE_BOUND:
@@ -319,6 +340,7 @@ def _fragmented(figures: _Figures) -> Finding | None:
 _LOOKS: tuple[Callable[[_Figures], Finding | None], ...] = (
     _data_bound,
     _communication_bound,
+    _uneven,
     _idle_in_saves,
     _host_bound,
     _too_small_batch,

@@ -76,6 +76,12 @@ TRACES: dict[str, tuple[Records, Records, str, tuple[str, ...]]] = {
         "scheduler.exclude",
         ("990 MHz of the 1980", "91 °C"),
     ),
+    "uneven steps": (
+        samples(90),
+        steps(57) + [step | {"time": START + 57 + 9 * i, "step_s": 9.0} for i, step in enumerate(steps(3), 1)],
+        "scheduler.extra",
+        ("3 of 59 steps took up to 9 s", "half of all steps 1 s or less: 29% of the time"),
+    ),
     "power-throttled": (
         samples(20) + samples(sm_clock_mhz=1485, throttle_reasons=["sw_power_cap"], power_w=700.0)[20:],
         steps(),
