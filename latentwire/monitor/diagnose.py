@@ -191,8 +191,8 @@ def _uneven(figures: _Figures) -> Finding | None:
     if not long or lost_s < UNEVEN * figures.step_s or waited_s > lost_s / 2:
         return None
     evidence = (
-        f"{len(long)} of {len(lengths)} steps took up to {max(lengths):.3g} s, half of all steps {usual_s:.3g} s or less: "
-        f"{lost_s / figures.step_s:.0%} of the time"
+        f"{len(long)} of {len(lengths)} steps took up to {max(lengths):.3g} s, half of all steps {usual_s:.3g} s or "
+        f"less: {lost_s / figures.step_s:.0%} of the time"
     )
     advice = "something else had the processors, the GPU or the network then: ask for whole nodes, exclusive: true"
     return Finding("uneven steps", lost_s / figures.step_s, evidence, "scheduler.extra", advice)
