@@ -44,6 +44,7 @@ _WORDS: dict[str, Callable[[Event], str | None]] = {
     "alert": lambda e: None if e.get("alert") == "grace" else f"WARNING {e.get('text')}",  # the forecast said so
     "alert_over": lambda e: f"alert over ({e.get('alert')}): {e.get('text')}",
     "config_changed": lambda e: f"config changed: {'; '.join(e.get('changes', []))}",
+    "monitor_not_started": lambda e: f"WARNING the monitor could not be started again: {e.get('error')}",
     "monitor_ended": lambda e: f"WARNING the monitor ended {e.get('how')} and is started again",
     "alerts_failed": lambda e: f"WARNING no more alerts in this attempt: {e.get('error')}",
     "alert_not_sent": lambda e: f"WARNING no alert reaches the {e.get('sink')}: {e.get('error')}",

@@ -125,7 +125,10 @@ class NodeProcesses:
         assert self._monitor.stdin is not None
         self._monitor.stdin.close()
         self._journal.event("monitor_ended", how=_how(self._monitor.returncode))
-        self._start_monitor()
+        try:
+            self._start_monitor()
+        except OSError as error:  # the ranks can do without; the next look tries again
+            self._journal.event("monitor_not_started", error=str(error))
 
     def _start_rank(self, rank: int, local_rank: int, placement: Placement, rendezvous: Rendezvous) -> None:
         environ = os.environ | {

@@ -80,6 +80,8 @@ class TrainingState:
         Raises:
             RunError: it trains tracked parameters and has a state that no checkpoint would hold.
         """
+        if torch.compiler.is_compiling():  # a compiled step is traced through, this too
+            return
         parts = itertools.chain.from_iterable(map(_parts, self._tracked.values()))
         if not optimizer.state or any(part is optimizer for part in parts):
             return
