@@ -125,6 +125,12 @@ ITEMS = (
         tests_pass,
     ),
     Item(
+        "own-loop-refused",
+        "A loop of one's own that would lose something without a word is refused, with the cure",
+        _pytest("tests/train/test_own_loop.py"),
+        tests_pass,
+    ),
+    Item(
         "ranks",
         "One and several ranks give the same bits, also when the number changes at a restart",
         _pytest("tests/train/test_ranks.py", "tests/train/test_reduction.py", "tests/unit/test_schedule.py"),
