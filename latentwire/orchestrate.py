@@ -29,6 +29,7 @@ from latentwire.scheduler import slurm
 from latentwire.scheduler.orchestrator import Orchestrator, log
 from latentwire.scheduler.submission import check_times
 from latentwire.target import SCRIPT
+from latentwire.tree import differences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,12 +210,20 @@ def _tell_plan(request: _Request) -> None:
     for config in configs:
         run = run_of(config, request.runs_dir)
         Lease(run.lease_path).refuse_if_held()
-        there = "exists, would go on" if refuse_another_identity(run, config) else "would be made"
         kind = kinds[config.scheduler.kind]
-        print(f"{config.name}: {run.path} {there}; scheduler {kind}, {config.train.steps} steps")
+        print(f"{config.name}: {run.path} {_outlook(run, config)}; scheduler {kind}, {config.train.steps} steps")
     for run in _resumable(request) if request.resume else []:
         status = run_status(run)
         print(f"{run.name}: {status.state} at step {status.step}, would go on")
+
+
+def _outlook(run: Run, config: Config) -> str:
+    if not refuse_another_identity(run, config):
+        return "would be made"
+    if run_status(run).state == "DONE":
+        return "is DONE, nothing would be started"
+    changes = differences(run.config().model_dump(mode="json"), config.model_dump(mode="json"))
+    return f"exists, would go on with {', '.join(changes)}" if changes else "exists, would go on"
 
 
 def _detach(request: _Request) -> None:

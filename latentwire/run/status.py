@@ -96,6 +96,8 @@ def status_of(run: SeenRun, now: float) -> RunStatus:
     state, reason = _state(run, alive, [v.outcome for v in verdicts], facts, now)
     if reason is None and verdicts and state not in ("RUNNING", "STALLED", "DONE"):
         reason = verdicts[-1].error
+    if reason is None and not alive and state != "DONE" and _has_lost_checkpoints(run, facts):
+        reason = f"step {facts.committed_step} was committed, and {run.checkpoints} holds no checkpoint any more"
     forecast = facts.forecast if alive else {}
     return RunStatus(
         name=run.name,
@@ -260,6 +262,10 @@ def _state(run: SeenRun, alive: bool, outcomes: list[str], facts: _Facts, now: f
     if state in ("PREEMPTED", "LOST", "RETRYING") and (job_id := _waiting_job(run)):
         return "REQUEUED", f"{state.lower()}, waits as job {job_id}"
     return state, None
+
+
+def _has_lost_checkpoints(run: SeenRun, facts: _Facts) -> bool:
+    return facts.committed_step is not None and next(run.checkpoints.glob("step-*"), None) is None
 
 
 def _given_up(run: SeenRun) -> str | None:

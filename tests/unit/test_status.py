@@ -159,6 +159,13 @@ def test_an_attempt_elsewhere_lives_while_its_monitor_writes(run: Run) -> None:
     assert run_status(run, NOW + 500 + HEARTBEAT_S + 1).state == "LOST"
 
 
+def test_checkpoints_that_are_gone_are_told(run: Run) -> None:
+    end_attempt(run, "preempted", committed=8)
+    assert state_of(run) == ("PREEMPTED", f"step 8 was committed, and {run.checkpoints} holds no checkpoint any more")
+    (run.checkpoints / "step-00000008").mkdir(parents=True)
+    assert "committed" not in str(state_of(run)[1])
+
+
 def test_cancelled_by_hand(run: Run, dead: ProcessIdentity) -> None:
     write_json(run.cancel_path, {})
     assert state_of(run) == ("CANCELLED", "cancelled by hand")
