@@ -68,6 +68,12 @@ def test_of_a_lost_attempt_its_last_step_is_known(home: Path) -> None:
     assert re.match(r"1 .* 50 s +lost +86 ", row), row
 
 
+def test_where_an_orchestrator_is_missing_its_command_is_told(home: Path) -> None:
+    fleet(home)
+    assert "orchestrator  none: python -m latentwire.orchestrate --resume lost\n" in printed(home, "status", "lost")
+    assert "orchestrator  none\n" in printed(home, "status", "done")
+
+
 def test_an_absurd_time_upsets_no_command(home: Path) -> None:
     run = finished_run(home)
     write_events(run.attempts()[0], "agent", (1e18, "attempt_started", {}))

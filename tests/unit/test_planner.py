@@ -352,6 +352,7 @@ def test_a_process_sees_one_slice() -> None:
         ("2xA100-40GB", {"elastic": {"gpus_per_replica": 1}}, r"What helps: elastic\.gpus_per_replica: null"),
         ("1xH100-58GB", {"train": {"gradient_checkpointing": True}, "elastic": {"memory_target": 0.5}}, "target: 0.85"),
         ("1xH100-4GB", {}, "Use larger GPUs, or shorter samples"),
+        ("1xH100-16GB", {}, r"What helps: 4 such GPUs and train\.micro_batch: 1$"),
         ("1xH100-MIG-40GB", {}, r"gradient_checkpointing: auto and elastic\.memory_target: 0\.85$"),
     ],
 )
