@@ -86,7 +86,7 @@ def main(
         else:
             raise SystemExit(_orchestrate(request))
     except (LatentWireError, OSError) as error:
-        print(f"latentwire: {told(error) if isinstance(error, OSError) else error}", file=sys.stderr)
+        print(f"latentwire: {told(error)}", file=sys.stderr)
         raise SystemExit(1) from None
 
 

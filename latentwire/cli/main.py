@@ -35,8 +35,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (LatentWireError, OSError) as error:
-        words = told(error) if isinstance(error, OSError) else str(error)
-        print(f"latentwire: {visible(words)}", file=sys.stderr)
+        print(f"latentwire: {visible(told(error))}", file=sys.stderr)
         sys.exit(1)
 
 

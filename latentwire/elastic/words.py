@@ -134,10 +134,8 @@ def _faster_with_less(job: Job, chosen: Candidate) -> list[str]:
     if len(chosen.smallest_gpus) < 2 or job.one_at_a_time or job.halvings:
         return []
     for smaller in _smaller_divisors(job):
-        fitting = [each for each in candidates(_with(job, "train.micro_batch", smaller)) if each.fits]
-        best = max(fitting, key=lambda each: each.pace, default=chosen)
-        if best.pace > _WORTH_A_WORD * chosen.pace:
-            faster = best.pace / chosen.pace
+        faster = _pace(_with(job, "train.micro_batch", smaller)) / chosen.pace
+        if faster > _WORTH_A_WORD:
             return [f"train.micro_batch: {smaller}, in a new run, would be {faster:.2f} times as fast"]
     return []
 

@@ -185,9 +185,9 @@ def _uneven(figures: _Figures) -> Finding | None:
     """Steps that take many times as long as most; what keeps all steps waiting has verdicts of its own."""
     lengths = [figure_of(step, "step_s") or 0.0 for step in figures.steps]
     usual_s = statistics.median(lengths) if lengths else 0.0
-    long = [step for step, seconds in zip(figures.steps, lengths, strict=True) if seconds > LONG * usual_s]
-    lost_s = sum((figure_of(step, "step_s") or 0.0) - usual_s for step in long)
-    waited_s = sum(figure_of(step, "data_s") or 0.0 for step in long)
+    long = [(step, seconds) for step, seconds in zip(figures.steps, lengths, strict=True) if seconds > LONG * usual_s]
+    lost_s = sum(seconds - usual_s for _, seconds in long)
+    waited_s = sum(figure_of(step, "data_s") or 0.0 for step, _ in long)
     if not long or lost_s < UNEVEN * figures.step_s or waited_s > lost_s / 2:
         return None
     evidence = (

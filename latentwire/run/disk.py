@@ -36,13 +36,15 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def told(error: OSError, folder: Path | None = None) -> str:
+def told(error: Exception, folder: Path | None = None) -> str:
     """``<file>: No space left on device; free some space there``.
 
     Args:
-        error: what the disk said.
-        folder: named where the error names no file; None: such an error is not of a disk, and keeps its own words.
+        error: what the disk said; one of ours keeps its own words.
+        folder: named where the error names no file; None: such an error is not of a disk, and keeps its own words too.
     """
+    if not isinstance(error, OSError):
+        return str(error)
     where = error.filename or folder
     if error.errno is None or where is None:
         return str(error)

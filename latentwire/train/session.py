@@ -136,11 +136,7 @@ class Session:
             RunError: nothing is tracked.
         """
         assert self._saving is None, "restore() once, before the first step"
-        if self._state.is_empty:
-            raise RunError(
-                "nothing is tracked, so that a restart would begin with fresh weights: "
-                "session.track(model=model, optimizer=optimizer) before the first batch"
-            )
+        self._state.refuse_nothing()
         started = time.monotonic()
         manager = recovery.make_manager(
             self.run, self.attempt, self.config, self.ranks, self.frozen_digests, self.event

@@ -69,10 +69,17 @@ class TrainingState:
         """Those that are tracked."""
         return [s for s in self._tracked.values() if isinstance(s, torch.optim.Optimizer)]
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing is tracked."""
-        return not self._tracked
+    def refuse_nothing(self) -> None:
+        """Called before training.
+
+        Raises:
+            RunError: nothing is tracked.
+        """
+        if not self._tracked:
+            raise RunError(
+                "nothing is tracked, so that a restart would begin with fresh weights: "
+                "session.track(model=model, optimizer=optimizer) before the first batch"
+            )
 
     def refuse_untracked(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         """Called after each step of any optimizer; one that some tracked object wraps is tracked.
