@@ -17,6 +17,7 @@ from latentwire.checklist.judges import (
     kills_pass,
     long_curve_is_cheap,
     loss_falls,
+    memory_is_foretold,
     mirror_passes,
     monitor_is_cheap,
     pair_passes,
@@ -41,14 +42,14 @@ class Item:
         claim: what is promised, in a sentence.
         command: what is run, from the top of the repository.
         judge: (exit code, output) -> judgement.
-        needs_gpu: cannot be shown without one.
+        num_gpus: cannot be shown with fewer.
     """
 
     name: str
     claim: str
     command: tuple[str, ...]
     judge: Callable[[int, str], Judgement]
-    needs_gpu: bool = False
+    num_gpus: int = 0
 
 
 def _pytest(*arguments: str) -> tuple[str, ...]:
@@ -149,6 +150,12 @@ ITEMS = (
         tests_pass,
     ),
     Item(
+        "memory",
+        "The full pair's step needs the memory that the planner expects, to a tenth, in a model of PyTorch's allocator",
+        _pytest("tests/train/test_pair_memory.py"),
+        memory_is_foretold,
+    ),
+    Item(
         "hang",
         "A rank that does not come is named and given up; out of memory on one rank is no deadlock",
         _pytest("tests/train/test_hang.py"),
@@ -245,7 +252,7 @@ ITEMS = (
         "The monitor records a real GPU's utilisation, SM activity, memory and processes",
         _pytest("tests/gpu/test_monitor_gpu.py"),
         tests_pass,
-        needs_gpu=True,
+        num_gpus=1,
     ),
     Item(
         "monitor-files",
@@ -264,63 +271,77 @@ ITEMS = (
         "The monitor costs less than 0.1 % of a core a GPU, and the steps of a loop take as long beside it",
         (sys.executable, "benchmarks/monitor.py"),
         monitor_is_cheap,
-        needs_gpu=True,
+        num_gpus=1,
     ),
     Item(
         "overlap-gpu",
         "On a GPU, copies beside training hold the bits of their step, and a change that no optimizer made is seen",
         _pytest("tests/gpu/test_overlap.py"),
         tests_pass,
-        needs_gpu=True,
+        num_gpus=1,
     ),
     Item(
         "drill-gpu",
         "The drill on a GPU, in bf16",
         (sys.executable, "-m", "latentwire", "drill", "--json"),
         drill_passes,
-        needs_gpu=True,
+        num_gpus=1,
     ),
     Item(
         "pair-gpu",
         "The pair at its full 8B + 7B shapes (random weights), preempted and killed, keeps its bits",
         _pytest("tests/gpu/test_full_pair.py"),
         pair_passes,
-        needs_gpu=True,
+        num_gpus=1,
     ),
     Item(
         "elastic-gpu",
         "The full pair on other GPUs at every start, split, data-parallel or on one, keeps its bits",
         _pytest("tests/gpu/test_elastic.py", "-k", "compiled"),
         tests_pass,
-        needs_gpu=True,
+        num_gpus=2,
     ),
     Item(
         "memory-gpu",
-        "The peak memory of the full pair is as the planner expects, to a tenth, for three micro-batches",
-        _pytest("tests/gpu/test_memory.py"),
+        "On one GPU the full pair's peak memory is as the planner expects, to a tenth, for three micro-batches",
+        _pytest("tests/gpu/test_memory.py", "-k", "on_one_gpu"),
+        memory_is_foretold,
+        num_gpus=1,
+    ),
+    Item(
+        "memory-gpus",
+        "So it is on each of two GPUs that share the full pair",
+        _pytest("tests/gpu/test_memory.py", "-k", "on_two_gpus"),
+        memory_is_foretold,
+        num_gpus=2,
+    ),
+    Item(
+        "micro-batch-gpu",
+        "The largest micro-batch of the full pair that fits is found on a GPU",
+        _pytest("tests/gpu/test_memory.py", "-k", "auto"),
         tests_pass,
-        needs_gpu=True,
+        num_gpus=1,
     ),
     Item(
         "pair-step",
         "A step of the full pair is 1.3 times as fast as a plain transformers loop's, in less memory",
         (sys.executable, "benchmarks/pair_step.py", "--shape", "full"),
         pair_step_is_faster,
-        needs_gpu=True,
+        num_gpus=1,
     ),
     Item(
         "pipelining",
         "A model over two GPUs computes two micro-batches at once, faster and with the same bits",
         (sys.executable, "benchmarks/split.py", "--shape", "full"),
         pipelining_pays,
-        needs_gpu=True,
+        num_gpus=2,
     ),
     Item(
         "reduction-cost",
         "One order of additions on 2 GPUs costs less than 3 % of a step over torch's DDP",
         (sys.executable, "benchmarks/reduction.py", "--ranks", "2", "--shape", "full"),
         reduction_is_cheap,
-        needs_gpu=True,
+        num_gpus=2,
     ),
     Item(
         "slurm-signals",

@@ -25,6 +25,15 @@ def slurm_drill_passes(code: int, output: str) -> Judgement:
     return drill_passes(code, output) if passed else (False, summary)
 
 
+def memory_is_foretold(code: int, output: str) -> Judgement:
+    """The tests passed; the figure is the largest error of what was expected."""
+    passed, summary = tests_pass(code, output)
+    errors = [float(error) for error in re.findall(r"\| ([+-][\d.]+)% \|$", output, re.MULTILINE)]
+    if not passed or not errors:
+        return False, summary
+    return True, f"at most {max(errors, key=abs):+.1f} % off in {len(errors)} cases"
+
+
 def pair_step_is_faster(code: int, output: str) -> Judgement:
     """Ours, compiled, against the plain loop of the same run."""
     rows = re.findall(r"^\| ([^*|]+?) \| ([\d.]+) \| \d+ \| \d+ \| ([\d.]+) \|", output, re.MULTILINE)

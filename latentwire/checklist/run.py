@@ -48,11 +48,12 @@ def main(only: Sequence[str], write: bool) -> int:
     for item in ITEMS:
         if only and item.name not in only:
             continue
-        if _lacks_gpu(item) and item.name in blocks:
-            print(f"[-] {item.name}: needs a GPU, left as it is", flush=True)
+        lacking = _lacking(item)
+        if lacking and item.name in blocks:
+            print(f"[-] {item.name}: {lacking}, left as it is", flush=True)
             continue
-        passed, figure = _run(item)
-        failed += not passed and not _lacks_gpu(item)
+        passed, figure = (False, f"open: {lacking}") if lacking else _run(item)
+        failed += not passed and not lacking
         print(f"[{'x' if passed else ' '}] {item.name}: {figure}", flush=True)
         blocks[item.name] = _block(item, passed, figure)
         if write:  # at once: the next may take an hour
@@ -68,13 +69,16 @@ def read_blocks(text: str) -> dict[str, str]:
     return {match.group(1): block for match, block in named if match is not None}
 
 
-def _lacks_gpu(item: Item) -> bool:
-    return item.needs_gpu and not list_gpus()
+def _lacking(item: Item) -> str:
+    """Why it cannot be shown here; nothing where it can."""
+    num_gpus = len(list_gpus())
+    if num_gpus >= item.num_gpus:
+        return ""
+    needed = "a GPU" if item.num_gpus == 1 else f"{item.num_gpus} GPUs"
+    return f"needs {needed}, and this machine has {num_gpus or 'none'}"
 
 
 def _run(item: Item) -> tuple[bool, str]:
-    if _lacks_gpu(item):
-        return False, "open: needs a GPU, and this machine has none"
     started = time.monotonic()
     programs = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
     try:
