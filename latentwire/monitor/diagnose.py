@@ -55,7 +55,7 @@ class Finding:
         verdict: ``data-bound``, ``healthy``, ``nothing measured`` and so on.
         share: about so much of the time is lost to it (of fragmentation: of the memory); the graver the larger.
         evidence: the figures, in words.
-        change: the one key of the config to change; None where there is nothing to.
+        change: the one key of the config, or variable of the environment, to change; None where there is nothing to.
         advice: how to change it, in words.
     """
 
@@ -333,8 +333,8 @@ def _fragmented(figures: _Figures) -> Finding | None:
         f"of {reserved / 1e9:.3g} GB that the allocator took {share:.0%} were never in use; it had to give back what "
         f"was free and take it anew {retries:.0f} times"
     )
-    advice = "smaller micro-batches leave room for the gaps; a new run, as bits depend on it"
-    return Finding("fragmentation", share, evidence, "train.micro_batch", advice)
+    advice = "expandable_segments:True, exported before you resume: PyTorch's allocator then leaves fewer gaps"
+    return Finding("fragmentation", share, evidence, "PYTORCH_CUDA_ALLOC_CONF", advice)
 
 
 _LOOKS: tuple[Callable[[_Figures], Finding | None], ...] = (

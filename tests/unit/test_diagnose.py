@@ -103,7 +103,7 @@ TRACES: dict[str, tuple[Records, Records, str, tuple[str, ...]]] = {
     "fragmentation": (
         samples(memory_used_bytes=133 << 30),
         steps(memory_reserved_peak_bytes=130e9, memory_allocated_peak_bytes=91e9, memory_retries=3.0),
-        "train.micro_batch",
+        "PYTORCH_CUDA_ALLOC_CONF",
         ("130 GB", "30%", "3 times"),
     ),
 }
