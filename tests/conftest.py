@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +30,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     parser.addoption("--kill-seed", type=int, default=None, help="repeat the random kills of an earlier run")
     parser.addoption("--matrix", type=Path, help="write what the tests of this session counted into this file")
+
+
+@pytest.fixture
+def mount_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a file system of a size (``1m``), to be filled."""
+    disks: list[Path] = []
+
+    def mount(size: str) -> Path:
+        if os.geteuid() != 0 or shutil.which("mount") is None:
+            pytest.skip("only root, and with a mount command, can make the small file system that this test fills")
+        disk = tmp_path / f"disk-{len(disks)}"
+        disk.mkdir()
+        made = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", disk], capture_output=True, text=True
+        )
+        if made.returncode != 0:
+            pytest.skip(f"a tmpfs cannot be mounted here: {made.stderr.strip()}")
+        disks.append(disk)
+        return disk
+
+    yield mount
+    for disk in disks:
+        subprocess.run(["umount", "-l", disk], check=True)
 
 
 @pytest.fixture(scope="session")

@@ -55,9 +55,9 @@ class CheckpointFolder:
         names = [n for n in os.listdir(self.folder) if layout.parse_step_name(n) is not None]
         return [self.folder / n for n in sorted(names, key=lambda n: layout.parse_step_name(n) or 0)]
 
-    def expendable(self) -> list[Path]:
-        """The checkpoints that retention lets go, oldest first."""
-        return [self.folder / step_name(step) for step in to_delete(self._kept(), self._keep, self._best_mode)]
+    def expendable(self, keep: int | None = None) -> list[Path]:
+        """The checkpoints that retention lets go, oldest first; ``keep``: if it kept so many."""
+        return [self.folder / step_name(step) for step in to_delete(self._kept(), keep or self._keep, self._best_mode)]
 
     def _kept(self) -> list[Kept]:
         kept = []

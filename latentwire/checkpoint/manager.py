@@ -15,6 +15,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Collection, Mapping
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -40,6 +41,7 @@ from latentwire.run.disk import told
 if TYPE_CHECKING:
     from latentwire.checkpoint.mirror import Mirror
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _MARGIN_S = 2.0
 """Left over of a grace for closing files and the exit."""
 
@@ -102,6 +104,7 @@ class CheckpointManager(CheckpointFolder):
         self._in_flight: Future[None] | None = None
         self.failure: OSError | CheckpointTorn | None = None
         """Why the last save failed, None if it did not."""
+        self._made_room = False
         self.committed_step: int | None = None
         """The step of the newest checkpoint that this attempt committed or restored."""
         self._last_save_s: float | None = None
@@ -114,21 +117,30 @@ class CheckpointManager(CheckpointFolder):
         """A save is under way."""
         return self._in_flight is not None and not self._in_flight.done()
 
-    def save(self, snapshot: Snapshot) -> None:
+    def save(self, snapshot: Snapshot, may_give_up_older: bool = False) -> None:
         """Begin to write a snapshot in the background; first waits for the save before it, if any. Every rank.
 
         The snapshot's bytes must not change until ``busy`` is False. A disk error is kept in ``failure`` and told by
         an event; the next save is the retry.
+
+        Args:
+            snapshot: of this rank.
+            may_give_up_older: where the disk is full the oldest checkpoint goes, one for each save, but never the
+                newest verified one nor the best; ``made_room`` tells.
 
         Raises:
             Fenced, CheckpointError: what the save before this one ran into, other than a disk error.
         """
         self.wait()
         self._num_saves += 1
+        self._made_room = False
         hidden = self.folder / f"{layout.SAVING_PREFIX}{self._token:04d}-{snapshot.step:08d}-{self._num_saves:04d}"
         if self._rank == 0:
             self._event("save_started", step=snapshot.step, bytes=snapshot.num_bytes)
-        self._in_flight = self._saver.submit(self._save if self._rank == 0 else self._save_share, snapshot, hidden)
+        if self._rank == 0:
+            self._in_flight = self._saver.submit(self._save, snapshot, hidden, may_give_up_older)
+        else:
+            self._in_flight = self._saver.submit(self._save_share, snapshot, hidden)
 
     def share_of(self, snapshot: Snapshot) -> list[tuple[str, str]]:
         """(group, name) of the tensors that this rank writes."""
@@ -150,6 +162,15 @@ class CheckpointManager(CheckpointFolder):
         if self._in_flight is not None:
             future, self._in_flight = self._in_flight, None
             future.result()
+
+    def made_room(self) -> bool:
+        """Block until no save is under way. True on rank 0: it found a full disk and gave up an older checkpoint.
+
+        The next one may fit then. Raises nothing, and leaves what the save ran into to ``wait``.
+        """
+        if self._in_flight is not None:
+            futures.wait([self._in_flight])
+        return self._made_room
 
     def poll(self) -> None:
         """Surface what a finished save ran into, without waiting. Called at every step."""
@@ -188,7 +209,7 @@ class CheckpointManager(CheckpointFolder):
         """Block until the mirror has what it was given, or could not take it; False if that took too long."""
         return self._mirror is None or self._mirror.wait(timeout_s)
 
-    def _save(self, snapshot: Snapshot, hidden: Path) -> None:
+    def _save(self, snapshot: Snapshot, hidden: Path, may_give_up_older: bool) -> None:
         started = time.monotonic()
         final = self.folder / step_name(snapshot.step)
         before = self.committed_step
@@ -215,6 +236,8 @@ class CheckpointManager(CheckpointFolder):
             self._writer.forget()
             said = {"error": told(error, self.folder), "errno": errno.errorcode.get(error.errno or 0)}
             self._event("save_failed", step=snapshot.step, **said)
+            if may_give_up_older and error.errno in _FULL:
+                self._made_room = self._give_up_oldest()
         except BaseException:
             shutil.rmtree(hidden, ignore_errors=True)
             raise
@@ -347,13 +370,28 @@ class CheckpointManager(CheckpointFolder):
             self._mirror.push(path)
 
     def _prune(self) -> None:
-        """Delete what retention lets go. A disk that refuses is told of; the next save tries again."""
+        """Delete what retention lets go."""
+        for path in self.expendable():
+            self._delete_old(path)
+
+    def _give_up_oldest(self) -> bool:
+        """Delete one checkpoint more than retention lets go; False where none can be spared."""
+        for path in self.expendable(keep=1):
+            if self._delete_old(path):
+                self._event("checkpoint_given_up", step=layout.parse_step_name(path.name))
+                return True
+        return False
+
+    def _delete_old(self, path: Path) -> bool:
+        """False where the mirror still needs it, or the disk refuses; that is told, and the next save tries again."""
+        if self._mirror is not None and self._mirror.is_copying(path):
+            return False
         try:
-            for path in self.expendable():
-                if self._mirror is None or not self._mirror.is_copying(path):
-                    self.delete(path)
+            self.delete(path)
         except OSError as error:
             self._event("prune_failed", error=told(error, self.folder))
+            return False
+        return True
 
     # --- recovering -----------------------------------------------------------------------------------------------
 

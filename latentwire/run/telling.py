@@ -64,6 +64,7 @@ _WORDS: dict[str, Callable[[Event], str | None]] = {
     "draining": lambda e: f"draining, {_figure(e.get('deadline_in_s'))} s left",
     "save_committed": lambda e: f"step {e.get('step')} committed in {_seconds(e)}",
     "save_failed": lambda e: f"ALARM save of step {e.get('step')} failed, trying again: {e.get('error')}",
+    "checkpoint_given_up": lambda e: f"WARNING step {e.get('step')} was given up to make room on a full disk",
     "save_torn": lambda e: f"ALARM step {e.get('step')} was not saved: {e.get('error')}",
     "staging_failed": lambda e: f"WARNING step {e.get('step')} is streamed, training waits: {e.get('error')}",
     "share_failed": lambda e: f"ALARM a rank's share of step {e.get('step')} failed: {e.get('error')}",

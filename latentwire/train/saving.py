@@ -24,7 +24,7 @@ REASONS = ("", "interval", "steps", "best", "asked", "last", "notice")
 
 _RETRY_FAILED_S = 30.0
 _TRAINING_WAITS = ("last", "notice")
-"""Nothing is gained by a copy here: the state is written from where it is."""
+"""Nothing is gained by a copy here: the state is written from where it is. What these do not save is lost."""
 
 
 class Saving:
@@ -132,7 +132,7 @@ class Saving:
         staged = None if reason in _TRAINING_WAITS else self._stage(live)
         if staged is None:
             self._state.wait_for_devices()  # other threads are going to read them
-        self.manager.save(staged or live)
+        self.manager.save(staged or live, may_give_up_older=reason in _TRAINING_WAITS)
         if staged is None and reason not in _TRAINING_WAITS:
             self.manager.wait()
         stall = time.monotonic() - self._last_save

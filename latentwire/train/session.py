@@ -288,6 +288,7 @@ class Session:
         """Wait for the last save; where the disk refuses it, try again for ten minutes, or until a notice comes."""
         manager = self.saving.manager
         for _ in range(_LAST_SAVE_TRIES):
+            self._save_where_room_was_made("last")
             manager.wait()
             (failed,) = self.ranks.highest([float(manager.failure is not None)])
             if not failed:
@@ -298,6 +299,11 @@ class Session:
             self._save("last")
         self._wait_for_mirror()
         manager.close()
+
+    def _save_where_room_was_made(self, reason: str) -> None:
+        """Wait for the save; on a full disk older checkpoints go, one for each try more, rather than the last steps."""
+        while self.ranks.highest([float(self.saving.manager.made_room())])[0]:
+            self._save(reason)
 
     def _wait_for_mirror(self) -> None:
         """Let the last copy end; a notice is not kept waiting by it, and the next attempt copies what is missing."""
@@ -464,6 +470,7 @@ class Session:
         if missing:
             if not broken:
                 self._save("notice")
+                self._save_where_room_was_made("notice")
             else:  # the loop has begun to change the state: what is in memory is no step's state
                 self.event("partial_step_not_saved", step=self.step)
         unsaved = None

@@ -64,11 +64,11 @@ def shared(whole: Snapshot) -> Snapshot:
     return dataclasses.replace(whole, replicated=everything)
 
 
-def save_on_all(managers: Sequence[CheckpointManager], *snapshots: Snapshot) -> None:
+def save_on_all(managers: Sequence[CheckpointManager], *snapshots: Snapshot, may_give_up_older: bool = False) -> None:
     """All ranks save at once: one snapshot, or each its own view of the step."""
     views = snapshots if len(snapshots) > 1 else snapshots * len(managers)
     for manager, view in zip(managers, views, strict=True):
-        manager.save(view)
+        manager.save(view, may_give_up_older)
     for manager in managers:
         manager.wait()
 

@@ -7,12 +7,15 @@ import json
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkpoint_parts import (
+    BEST_STEP,
     Events,
     assert_holds,
     commit,
+    committed_steps,
     open_manager,
     plain,
     snapshot,
@@ -61,6 +64,51 @@ def test_a_last_save_that_failed_is_told_at_the_end(small_disk: Path) -> None:
     manager.save(large(2))
     with pytest.raises(CheckpointError, match=r"No space left on device; free some space there.*Step 1 is the newest"):
         manager.close()
+
+
+def test_older_checkpoints_make_room_for_one_that_nobody_could_make_later(small_disk: Path) -> None:
+    events = Events()
+    manager = open_with_three(small_disk, best_metric=None, event=events)
+    fill(small_disk / "filler")
+
+    manager.save(third(4))
+    assert not manager.made_room(), "an ordinary save can be made later"
+    assert committed_steps(manager) == [1, 2, 3]
+
+    manager.save(third(4), may_give_up_older=True)
+    assert manager.made_room()
+    assert committed_steps(manager) == [2, 3]
+    manager.save(third(4), may_give_up_older=True)
+    assert not manager.made_room(), "it fitted"
+    manager.close()
+    assert [event["step"] for event in events.named("checkpoint_given_up")] == [1]
+    assert_holds(open_manager(manager.folder, 2).restore(), third(4))
+
+
+def test_the_newest_and_the_best_make_no_room(small_disk: Path) -> None:
+    manager = open_with_three(small_disk)
+    made_room = []
+    for number in range(3):
+        fill(small_disk / f"filler-{number}")  # another program takes what was freed
+        manager.save(third(4), may_give_up_older=True)
+        made_room.append(manager.made_room())
+    assert made_room == [True, False, False]
+    assert committed_steps(manager) == [BEST_STEP, 3]
+
+
+def open_with_three(disk: Path, **options: Any) -> CheckpointManager:
+    """With checkpoints of steps 1, 2 and 3, all of which retention keeps."""
+    manager = open_manager(disk / "checkpoints", keep=3, **options)
+    for step in (1, 2, 3):
+        manager.save(third(step))
+        manager.wait()
+    assert committed_steps(manager) == [1, 2, 3]
+    return manager
+
+
+def third(step: int) -> Snapshot:
+    """Of which the disk has room for three and a filler."""
+    return snapshot(step, num_items=15_000)
 
 
 def large(step: int) -> Snapshot:

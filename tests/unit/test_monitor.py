@@ -144,30 +144,19 @@ def num_writes(pid: int) -> int:
     return int(counts["syscw"])
 
 
-def test_survives_a_full_disk(start: Start, tmp_path: Path) -> None:
-    disk, page_bytes = tmp_path / "disk", 4096
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
-    try:
-        mounted = subprocess.run(mount, capture_output=True, text=True)
-    except FileNotFoundError:
-        pytest.skip("there is no mount command")
-    if mounted.returncode != 0:
-        pytest.skip(f"a small tmpfs cannot be mounted here: {mounted.stderr.strip()}")
-    try:
-        stats, ballast = disk / "gpu_stats.jsonl", disk / "ballast"
-        ballast.write_bytes(bytes(15 * page_bytes))
-        monitor = start(disk, "--interval", "0.01", "--until-stdin-closes")
-        await_that(lambda: stats.exists() and stats.stat().st_size == page_bytes, "the last page is full")
-        # The size shows before the write has failed at the next page: one more write, and this one was in vain.
-        num_before = num_writes(monitor.pid)
-        await_that(lambda: num_writes(monitor.pid) > num_before + 1, "it tries again")
-        ballast.unlink()
-        await_that(lambda: any(r.get("event") == "records_lost" for r in records_in(stats)), "it writes again")
-        monitor.communicate()
-        assert_recovered(monitor, stats, os.strerror(errno.ENOSPC))
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
+def test_survives_a_full_disk(start: Start, mount_disk: Callable[[str], Path]) -> None:
+    disk, page_bytes = mount_disk("64k"), 4096
+    stats, ballast = disk / "gpu_stats.jsonl", disk / "ballast"
+    ballast.write_bytes(bytes(15 * page_bytes))
+    monitor = start(disk, "--interval", "0.01", "--until-stdin-closes")
+    await_that(lambda: stats.exists() and stats.stat().st_size == page_bytes, "the last page is full")
+    # The size shows before the write has failed at the next page: one more write, and this one was in vain.
+    num_before = num_writes(monitor.pid)
+    await_that(lambda: num_writes(monitor.pid) > num_before + 1, "it tries again")
+    ballast.unlink()
+    await_that(lambda: any(r.get("event") == "records_lost" for r in records_in(stats)), "it writes again")
+    monitor.communicate()
+    assert_recovered(monitor, stats, os.strerror(errno.ENOSPC))
 
 
 def test_survives_writes_that_fail(start: Start, tmp_path: Path) -> None:

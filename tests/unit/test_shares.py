@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentwire.checkpoint import interval, layout, reader
+from latentwire.checkpoint.layout import Snapshot
 from latentwire.checkpoint.manager import CheckpointManager
 from latentwire.errors import CheckpointError, CheckpointTorn, Fenced
 
@@ -81,13 +83,7 @@ def test_what_is_not_replicated_is_rank_0s(folder: Path, events: Events) -> None
 def test_a_share_that_fails_costs_one_save(folder: Path, events: Events, error: Exception, event: str) -> None:
     ranks = open_ranks(folder, events)
     save_on_all(ranks, shared(snapshot(1)))
-    [failing] = [
-        r for r in range(1, WORLD_SIZE) if ("model", "head.weight") in ranks[r].share_of(shared(snapshot(2)))
-    ] or [1]
-    views = [shared(snapshot(2)) for _ in range(WORLD_SIZE)]
-    name = next(name for group, name in ranks[failing].share_of(shared(snapshot(2))) if group == "model")
-    model = {**snapshot(2).tensors["model"], name: Failing(error)}
-    views[failing] = dataclasses.replace(views[failing], tensors={**snapshot(2).tensors, "model": model})
+    failing, views = views_with_a_failing_rank(ranks, 2, error)
     save_on_all(ranks, *views)
     assert committed_steps(ranks[0]) == [1]
     assert ranks[0].failure is not None
@@ -99,6 +95,35 @@ def test_a_share_that_fails_costs_one_save(folder: Path, events: Events, error: 
     save_on_all(ranks, shared(snapshot(3)))
     assert ranks[0].failure is None
     assert_holds(ranks[0].restore(), snapshot(3))
+
+
+def test_a_full_disk_of_any_rank_makes_rank_0_give_up_the_oldest(folder: Path, events: Events) -> None:
+    ranks = open_ranks(folder, events, best_metric=None)
+    for step in (1, 2):
+        save_on_all(ranks, shared(snapshot(step)))
+    _, views = views_with_a_failing_rank(ranks, 3, OSError(errno.EDQUOT, "Disk quota exceeded"))
+    save_on_all(ranks, *views, may_give_up_older=True)
+    assert [manager.made_room() for manager in ranks] == [True, *[False] * (WORLD_SIZE - 1)]
+    assert committed_steps(ranks[0]) == [2]
+    save_on_all(ranks, *views, may_give_up_older=True)
+    assert not ranks[0].made_room(), "the newest stays"
+    assert_holds(ranks[0].restore(), snapshot(2))
+
+
+def views_with_a_failing_rank(
+    ranks: Sequence[CheckpointManager], step: int, error: Exception
+) -> tuple[int, list[Snapshot]]:
+    """A rank other than 0, and each rank's view of the step, of which that one cannot write its share."""
+    whole = shared(snapshot(step))
+    failing = next(
+        (r for r in range(1, WORLD_SIZE) if ("model", "head.weight") in ranks[r].share_of(whole)),
+        1,
+    )
+    name = next(name for group, name in ranks[failing].share_of(whole) if group == "model")
+    model = {**whole.tensors["model"], name: Failing(error)}
+    views = [whole] * WORLD_SIZE
+    views[failing] = dataclasses.replace(whole, tensors={**whole.tensors, "model": model})
+    return failing, views
 
 
 def test_ranks_that_track_other_states_commit_nothing(folder: Path, events: Events) -> None:

@@ -1,0 +1,74 @@
+"""The saves that nobody could make later, on a disk that others have filled: older checkpoints make room."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from running import events
+
+from latentwire.checkpoint.reader import is_verified
+from latentwire.run.directory import Run
+
+SCRIPT = """
+import contextlib, os, signal, sys
+import torch
+from latentwire import Session
+
+path, full_at, is_noticed = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "noticed"
+rows = [torch.full((500,), i / 64) for i in range(64)]
+
+def fill(path):
+    with open(path, "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+
+with Session(path, checkpoint={"interval_s": None, "interval_steps": 5, "best_metric": None}) as session:
+    model = torch.nn.Linear(500, 200)
+    optimizer = torch.optim.AdamW(model.parameters())
+    session.track(model=model, optimizer=optimizer)
+    for batch in session.batches(rows, batch_size=4, steps=20):
+        model(batch).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if session.step == full_at:
+            fill(os.path.join(os.path.dirname(path), "filler"))
+            if is_noticed:
+                os.kill(os.getpid(), signal.SIGTERM)
+"""
+PREEMPTED = 75
+
+
+def train(run: Run, full_at: int, *, noticed: bool) -> int:
+    """20 steps, saved every 5; the disk is full in the midst of the step after ``full_at``. Returns the exit code."""
+    words = [sys.executable, "-c", SCRIPT, run.path, str(full_at), "noticed" if noticed else "left alone"]
+    return subprocess.run(words, check=False).returncode
+
+
+@pytest.fixture
+def run(mount_disk: Callable[[str], Path]) -> Run:
+    """On a disk with room for about five checkpoints of 1.2 MB."""
+    return Run(mount_disk("6m") / "experiment_own")
+
+
+def test_a_notice_on_a_full_disk_loses_no_step(run: Run) -> None:
+    assert train(run, 16, noticed=True) == PREEMPTED
+    assert_newest(run, 17)
+    (run.path.parent / "filler").unlink()
+    assert train(run, -1, noticed=False) == 0
+    assert [event["step"] for attempt in run.attempts() for event in events(attempt, "restored")] == [0, 17]
+
+
+def test_a_finished_run_is_saved_on_a_full_disk(run: Run) -> None:
+    assert train(run, 19, noticed=False) == 0
+    assert_newest(run, 20)
+
+
+def assert_newest(run: Run, step: int) -> None:
+    """It is verified, and so is an older one that was left."""
+    verified = [path.name for path in sorted((run.path / "checkpoints").glob("step-*")) if is_verified(path)]
+    assert verified[-1] == f"step-{step:08d}"
+    assert 2 <= len(verified) <= 3
