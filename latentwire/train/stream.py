@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 from latentwire.errors import WorkloadError
 from latentwire.preemption.handler import ignore_signals
 from latentwire.train import randomness
+from latentwire.train.data import as_it_is
 from latentwire.train.lanes import Lanes
 from latentwire.train.order import derive_seed
 from latentwire.workloads.base import ShardedSource
@@ -114,7 +115,7 @@ def read(
         loader = DataLoader(
             _Batches(source, lanes, cursors, own, collate),
             batch_size=None,
-            collate_fn=_as_it_is,
+            collate_fn=as_it_is,
             num_workers=min(1, workers),
             prefetch_factor=prefetch if workers else None,
             worker_init_fn=ignore_signals if workers else None,
@@ -150,8 +151,10 @@ class _Batches(IterableDataset[Any]):
                     before = step * self._lanes.width
                     samples += readers[lane].take(range(before + wanted.start, before + wanted.stop))
                     after[lane] = readers[lane].cursor
-                yield self._collate(samples), after
+                yield self._collated(samples, after), after
 
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
+    def _collated(self, samples: list[Any], after: Mapping[int, Cursor]) -> Any:
+        """What it draws at random depends on where the lanes are, and on nothing before that."""
+        places = (number for lane, cursor in sorted(after.items()) for number in (lane, *cursor))
+        with randomness.isolated(derive_seed(self._lanes.seed, "collate", *places)):
+            return self._collate(samples)

@@ -101,7 +101,7 @@ class Workload(Protocol):
     Order of calls: ``__init__`` (cheap), ``build`` once, then ``step`` and ``evaluate`` as often as the loop likes.
     Nothing may depend on rank, time or call history: the generators of Python, NumPy and torch are seeded by
     (seed, step, micro-batch) before every ``step``, and by (seed, epoch, index) before every ``train_data[index]``, or
-    for a stream by (seed, epoch, shard, offset) before every sample.
+    for a stream by (seed, epoch, shard, offset) before every sample; before every ``collate`` by where its samples are.
     """
 
     def __init__(self, options: Any) -> None: ...

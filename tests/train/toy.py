@@ -156,9 +156,12 @@ class Toy:
         return self._held_out
 
     def collate(self, samples: list[Any]) -> Any:
+        import numpy
         import torch
 
-        return tuple(torch.stack(column) for column in zip(*samples, strict=True))
+        inputs, targets = (torch.stack(column) for column in zip(*samples, strict=True))
+        kept = torch.rand_like(inputs) < 0.9 + 0.1 * random.random() * float(numpy.random.rand())
+        return inputs * kept, targets
 
     def step(self, batch: Any, backward: Callable[[torch.Tensor], None]) -> StepReport:
         import torch
