@@ -96,7 +96,7 @@ class Candidate:
         nodes: of each rank.
         modules: as in ``Placement``.
         micro_batch, num_micro_batches, gradient_checkpointing, in_flight: as in ``Placement``.
-        precision: of the forward and backward pass.
+        precision: as in ``Placement``.
         pace: samples per second, or a figure in proportion to it where the chips are not known.
         samples_per_s: the same where they are known.
         peak_bytes: on each place of a replica; None: not known.
@@ -391,10 +391,13 @@ def _fitting_everywhere(job: Job, choices: Sequence[int]) -> int:
 
 
 def _precision(job: Job, gpus: Sequence[int]) -> str:
+    """One for all ranks; the ranks agree on it by what their GPUs are (``train/precision.py``)."""
     asked = job.config.train.precision
     if asked != "auto":
         return asked
     if not gpus:
         return "fp32"
-    chips = [job.gpus[gpu].chip for gpu in gpus]
-    return "/".join(sorted({"bf16 or fp16" if c is None else "bf16" if c.has_bf16 else "fp16" for c in chips}))
+    has_bf16 = {None if chip is None else chip.has_bf16 for chip in (job.gpus[gpu].chip for gpu in gpus)}
+    if False in has_bf16:
+        return "fp16"
+    return "bf16 or fp16" if None in has_bf16 else "bf16"

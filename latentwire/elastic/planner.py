@@ -34,6 +34,8 @@ class Placement:
         num_micro_batches: micro-batches of one step over all ranks; times ``micro_batch`` it is the global batch.
         probe_up_to: the ranks find the micro-batch before they train, and try none larger; None: it is known.
         gradient_checkpointing: activations are recomputed in the backward pass.
+        precision: of the forward and backward pass, the same on all ranks: ``bf16``, ``fp16``, ``fp32``, or ``bf16 or
+            fp16`` where a chip is not known before ranks run on it.
         in_flight: micro-batches that a replica over several GPUs computes at once.
         samples_per_s: expected, over all ranks; None: the workload's footprint is not known.
         peak_bytes: expected on each of a rank's devices; None as above.
@@ -47,6 +49,7 @@ class Placement:
     num_micro_batches: int
     probe_up_to: int | None
     gradient_checkpointing: bool
+    precision: str
     in_flight: int
     samples_per_s: float | None
     peak_bytes: tuple[int, ...] | None
@@ -118,6 +121,7 @@ class Weighed:
             num_micro_batches=chosen.num_micro_batches,
             probe_up_to=self._probe_up_to(chosen) if self.job.gpus and self.job.is_free else None,
             gradient_checkpointing=chosen.gradient_checkpointing,
+            precision=chosen.precision,
             in_flight=chosen.in_flight,
             samples_per_s=chosen.samples_per_s,
             peak_bytes=chosen.peak_bytes,

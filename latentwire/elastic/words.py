@@ -47,7 +47,8 @@ def why_not(candidate: Candidate, chosen: Candidate | None) -> str:
 
 def why(job: Job, chosen: Candidate, others: Sequence[Candidate]) -> str:
     """Why this one and none of the others."""
-    clauses = [_what(job, chosen), *_expected(job, chosen), *_faster_with_less(job, chosen)]
+    computed = f"computed in {chosen.precision}"
+    clauses = [_what(job, chosen), *_expected(job, chosen), computed, *_faster_with_less(job, chosen)]
     fitting = [each for each in others if each.fits]
     slower = [each for each in fitting if _is_slower(each, chosen)]
     for kind, named in (

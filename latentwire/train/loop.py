@@ -45,7 +45,7 @@ class Training:
         self.session, self.workload, self.config, self.placement = session, workload, config, placement
         self.devices = [torch.device(device) for device in placement.devices[session.ranks.rank]]
         self.device = self.devices[0]
-        dtype = compute_dtype(config.precision, self.device)
+        dtype = compute_dtype(config.precision, self.devices, session.ranks)
         started = time.monotonic()
         workload.build(
             BuildContext(

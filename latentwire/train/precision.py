@@ -4,18 +4,36 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 
 import torch
 
+from latentwire.train.ranks import Ranks
 
-def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype that ``train.precision`` means on a device: ``auto`` is bf16, fp16 on old GPUs, fp32 on a CPU."""
-    named = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_NAMED = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_HAS_BF16 = 8
+"""The first compute capability that multiplies in it."""
+
+
+def compute_dtype(precision: str, devices: Sequence[torch.device], ranks: Ranks) -> torch.dtype:
+    """The dtype that ``train.precision`` means on all ranks together. Collective.
+
+    ``auto`` is bf16, fp16 where a GPU of any rank is too old for it, and fp32 on a CPU: gradients of one step that were
+    computed in two formats, some of them scaled, must not be added.
+
+    Args:
+        precision: as in the config.
+        devices: this rank's.
+        ranks: this one among all.
+    """
     if precision != "auto":
-        return named[precision]
-    if device.type != "cuda":
+        return _NAMED[precision]
+    gpus = [device for device in devices if device.type == "cuda"]
+    is_old = any(torch.cuda.get_device_capability(gpu)[0] < _HAS_BF16 for gpu in gpus)
+    without_gpu, any_is_old = ranks.highest([float(not gpus), float(is_old)])
+    if without_gpu:
         return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    return torch.float16 if any_is_old else torch.bfloat16
 
 
 def make_repeatable(cpu_threads: int, deterministic: bool) -> None:

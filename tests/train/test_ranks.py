@@ -45,10 +45,7 @@ def test_four_ranks_give_the_bits_of_one(alone: dict[str, str], tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("changes", "workers"),
-    [
-        pytest.param((), 0, marks=pytest.mark.slow),  # test_stream.py does this in every run of the suite
-        (("train.precision=bf16", "train.optimizer.fused=true"), 2),
-    ],
+    [((), 0), (("train.precision=bf16", "train.optimizer.fused=true"), 2)],
     ids=["fp32", "bf16, fused, workers"],
 )
 def test_another_number_of_ranks_at_each_of_five_preemptions_in_one_epoch(

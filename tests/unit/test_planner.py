@@ -251,8 +251,18 @@ def test_the_slower_chip_of_two_is_waited_for() -> None:
 )
 def test_the_number_format_is_that_of_the_chip(gpu: str, precision: str) -> None:
     assert {c.precision for c in weigh(config(), has(gpu), PAIR).candidates} == {precision}
+    assert weigh(config(), has(gpu), PAIR).placement().precision == precision
     forced = config(train={"precision": "fp16"})
     assert {c.precision for c in weigh(forced, has(gpu), PAIR).candidates} == {"fp16"}
+
+
+@pytest.mark.parametrize(
+    ("gpus", "precision"),
+    [("H100-80GB+A100-80GB", "bf16"), ("V100-80GB+A100-80GB", "fp16"), ("X1-80GB+V100-80GB", "fp16")],
+)
+def test_chips_of_two_kinds_compute_in_one_number_format(gpus: str, precision: str) -> None:
+    on_both = [each for each in weigh(config(), has(gpus), PAIR).candidates if each.num_gpus == 2]
+    assert {each.precision for each in on_both} == {precision}
 
 
 # ---- The micro-batch -------------------------------------------------------------------------------------------------
