@@ -43,7 +43,7 @@ def main(only: Sequence[str], write: bool) -> int:
         raise ConfigError(f"there is no item {unknown[0]!r}; there are: {', '.join(item.name for item in ITEMS)}")
     if not Path("pyproject.toml").is_file():
         raise ConfigError("the checklist runs from the top of the repository: there is no pyproject.toml here")
-    blocks = read_blocks(PATH.read_text(encoding="utf-8") if PATH.exists() else "")
+    blocks = current_blocks(PATH.read_text(encoding="utf-8") if PATH.exists() else "")
     failed = 0
     for item in ITEMS:
         if only and item.name not in only:
@@ -57,16 +57,20 @@ def main(only: Sequence[str], write: bool) -> int:
         print(f"[{'x' if passed else ' '}] {item.name}: {figure}", flush=True)
         blocks[item.name] = _block(item, passed, figure)
         if write:  # at once: the next may take an hour
-            ordered = [blocks.get(item.name) or f"- [ ] `{item.name}` {item.claim}\n  - never ran\n" for item in ITEMS]
+            ordered = [blocks.get(item.name) or f"{_head(item, False)}  - never ran in this form\n" for item in ITEMS]
             write_text(PATH, _HEAD + "\n" + "".join(ordered))
     return 1 if failed else 0
 
 
-def read_blocks(text: str) -> dict[str, str]:
-    """The items of a CHECKLIST.md by name."""
+def current_blocks(text: str) -> dict[str, str]:
+    """The items of a CHECKLIST.md by name: those whose claim and command are what they were when they ran."""
     blocks = re.split(r"(?m)^(?=- \[)", text)[1:]
-    named = ((re.match(r"- \[[ x]\] `([a-z-]+)`", block), block) for block in blocks)
-    return {match.group(1): block for match, block in named if match is not None}
+    return {
+        item.name: block
+        for item in ITEMS
+        for block in blocks
+        if block.startswith((_head(item, True), _head(item, False))) and block.endswith(_command(item))
+    }
 
 
 def _lacking(item: Item) -> str:
@@ -94,14 +98,17 @@ def _run(item: Item) -> tuple[bool, str]:
 
 
 def _block(item: Item, passed: bool, figure: str) -> str:
-    python = shlex.quote(sys.executable)
-    command = shlex.join(item.command).replace(python, "python")
-    return (
-        f"- [{'x' if passed else ' '}] `{item.name}` {item.claim}\n"
-        f"  - figure: {figure}\n"
-        f"  - when, where: {datetime.date.today().isoformat()}, {_machine()}\n"
-        f"  - command: `{command}`\n"
-    )
+    when = f"  - when, where: {datetime.date.today().isoformat()}, {_machine()}\n"
+    return f"{_head(item, passed)}  - figure: {figure}\n{when}{_command(item)}"
+
+
+def _head(item: Item, passed: bool) -> str:
+    return f"- [{'x' if passed else ' '}] `{item.name}` {item.claim}\n"
+
+
+def _command(item: Item) -> str:
+    command = shlex.join(item.command).replace(shlex.quote(sys.executable), "python")
+    return f"  - command: `{command}`\n"
 
 
 def _machine() -> str:
