@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import shutil
 import time
@@ -371,27 +372,26 @@ class CheckpointManager(CheckpointFolder):
 
     def _prune(self) -> None:
         """Delete what retention lets go."""
-        for path in self.expendable():
-            self._delete_old(path)
+        self._delete_old(keep=None, most=None)
 
     def _give_up_oldest(self) -> bool:
         """Delete one checkpoint more than retention lets go; False where none can be spared."""
-        for path in self.expendable(keep=1):
-            if self._delete_old(path):
-                self._event("checkpoint_given_up", step=layout.parse_step_name(path.name))
-                return True
-        return False
+        given_up = self._delete_old(keep=1, most=1)
+        for path in given_up:
+            self._event("checkpoint_given_up", step=layout.parse_step_name(path.name))
+        return bool(given_up)
 
-    def _delete_old(self, path: Path) -> bool:
-        """False where the mirror still needs it, or the disk refuses; that is told, and the next save tries again."""
-        if self._mirror is not None and self._mirror.is_copying(path):
-            return False
+    def _delete_old(self, keep: int | None, most: int | None) -> list[Path]:
+        """Delete what may go and no copy to the mirror needs; a disk that refuses is told of, and asked again later."""
+        gone: list[Path] = []
         try:
-            self.delete(path)
+            free = (p for p in self.expendable(keep) if self._mirror is None or not self._mirror.is_copying(p))
+            for path in itertools.islice(free, most):
+                self.delete(path)
+                gone.append(path)
         except OSError as error:
             self._event("prune_failed", error=told(error, self.folder))
-            return False
-        return True
+        return gone
 
     # --- recovering -----------------------------------------------------------------------------------------------
 

@@ -23,6 +23,9 @@ REASONS = ("", "interval", "steps", "best", "asked", "last", "notice")
 """Why a checkpoint is made; an index is what ranks agree on."""
 
 _RETRY_FAILED_S = 30.0
+_LAST_SAVE_TRIES = 20
+_LAST_SAVE_PAUSES = 60
+_MIRROR_LOOK_S = 0.5
 _TRAINING_WAITS = ("last", "notice")
 """Nothing is gained by a copy here: the state is written from where it is. What these do not save is lost."""
 
@@ -140,6 +143,37 @@ class Saving:
             self._stalls.add(stall)
         how = {"reason": reason, "copied": staged is not None, "waited_s": round(waited, 4)}
         self._event("save_staged", step=step, **how, seconds=round(stall, 4))
+
+    def finish(self, save: Callable[[], None], safe_point: Callable[[], None]) -> None:
+        """Wait for the last save; where the disk refuses it, try again for ten minutes, or until a notice comes.
+
+        Every rank. Ends with the last copy to the mirror.
+
+        Args:
+            save: begins it anew.
+            safe_point: the session's, passed while it waits.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        for _ in range(_LAST_SAVE_TRIES):
+            self.save_where_room_was_made(save)
+            self.manager.wait()
+            (failed,) = self._ranks.highest([float(self.manager.failure is not None)])
+            if not failed:
+                break
+            for _ in range(_LAST_SAVE_PAUSES):  # counted, as every safe point is one of all ranks
+                safe_point()
+                time.sleep(0.5)
+            save()
+        while self._ranks.highest([float(not self.manager.wait_for_mirror(_MIRROR_LOOK_S))])[0]:
+            safe_point()  # a notice is not kept waiting by a copy, and the next attempt makes it
+        self.manager.close()
+
+    def save_where_room_was_made(self, save: Callable[[], None]) -> None:
+        """Wait for a save; on a full disk older checkpoints go, one for each try more, rather than the last steps."""
+        while self._ranks.highest([float(self.manager.made_room())])[0]:
+            save()
 
     def _stage(self, live: Snapshot) -> Snapshot | None:
         if isinstance(self.manager.failure, CheckpointTorn):

@@ -50,9 +50,9 @@ from latentwire.train.script import Script
 from latentwire.train.share import Share
 from latentwire.train.state import Stateful, TrainingState
 
-_LAST_SAVE_TRIES = 20
-_LAST_SAVE_PAUSES = 60
-_MIRROR_LOOK_S = 0.5
+_OURS = ("step", "time", *(f"{clock}_s" for clock in ("step", "data", "forward_backward", "reduction", "optimizer")))
+_OURS += ("save_s", "deaf_s")
+"""Figures of a step's line in metrics.jsonl that the session measures itself."""
 
 
 class Session:
@@ -107,6 +107,7 @@ class Session:
         self._shares: list[Share] = []
         self._feeds = Feeds(config, ranks)
         self._outlook = Outlook(attempt, config, self.event)
+        self._is_looping = False
         self._in_step = False
         self._told_notice = False
         self._step_started = 0.0
@@ -200,8 +201,8 @@ class Session:
             with self.clock("data"):
                 batch = next(batches)
             randomness.seed_everything(derive_seed(self.config.seed, "step", step, 0))
+            self.counters["samples"] += batch_size  # a step that is dropped takes it back
             yield batch
-            self.counters["samples"] += batch_size
 
     def share(
         self,
@@ -267,6 +268,7 @@ class Session:
             self.restore()
         self.event("training_started", step=self.step, total_steps=total)
         looking = register_optimizer_step_post_hook(self._state.refuse_untracked)
+        self._is_looping = True
         try:
             while True:
                 self._evaluate_if_due(total, evaluate, evaluate_every)
@@ -276,39 +278,45 @@ class Session:
                 self._begin_step()
                 yield self.step
                 self._end_step()
+        except GeneratorExit:
+            self._stop_here()
+            raise
         finally:
             looking.remove()
             for share in self._shares:
                 share.close()
-        self._save_the_end()
+        self._finish()
+
+    def end(self) -> None:
+        """Save where the program left its loop early, by ``break``. Called when it ended without an error; every rank.
+
+        Raises:
+            RunError: what is tracked has been changed since then.
+            Preempted: while the disk refused.
+        """
+        if not self._is_looping:
+            return
+        self._stop_here()
+        changed = not self.saving.is_boundary_intact()
+        if self.ranks.highest([float(changed)])[0]:
+            raise RunError(
+                f"the loop was left after step {self.step}, and what is tracked has been changed since: that step "
+                "cannot be saved any more. Change a copy instead (copy.deepcopy), or let the loop end by itself"
+            )
+        self._act_at_boundary(last=True)
+        self._finish()
+
+    def _stop_here(self) -> None:
+        """The loop was left, perhaps in the midst of a step: one that has changed the state counts as done."""
+        if self._in_step and not self.saving.is_boundary_intact():
+            self._end_step()
+        self._in_step = False
+
+    def _finish(self) -> None:
+        self.saving.finish(lambda: self._save("last"), self.safe_point)
         sha256 = self.saving.manager.group_sha256("model") if self.ranks.rank == 0 else None
         self.event("training_finished", step=self.step, weights_sha256=sha256)
-
-    def _save_the_end(self) -> None:
-        """Wait for the last save; where the disk refuses it, try again for ten minutes, or until a notice comes."""
-        manager = self.saving.manager
-        for _ in range(_LAST_SAVE_TRIES):
-            self._save_where_room_was_made("last")
-            manager.wait()
-            (failed,) = self.ranks.highest([float(manager.failure is not None)])
-            if not failed:
-                break
-            for _ in range(_LAST_SAVE_PAUSES):  # counted, as every safe point is one of all ranks
-                self.safe_point()
-                time.sleep(0.5)
-            self._save("last")
-        self._wait_for_mirror()
-        manager.close()
-
-    def _save_where_room_was_made(self, reason: str) -> None:
-        """Wait for the save; on a full disk older checkpoints go, one for each try more, rather than the last steps."""
-        while self.ranks.highest([float(self.saving.manager.made_room())])[0]:
-            self._save(reason)
-
-    def _wait_for_mirror(self) -> None:
-        """Let the last copy end; a notice is not kept waiting by it, and the next attempt copies what is missing."""
-        while self.ranks.highest([float(not self.saving.manager.wait_for_mirror(_MIRROR_LOOK_S))])[0]:
-            self.safe_point()
+        self._is_looping = False
 
     def safe_point(self) -> None:
         """Leave here if the machine is about to be taken away and the step does not fit any more. Every rank together.
@@ -329,10 +337,20 @@ class Session:
             self._leave(without_saving=bool(now_anywhere))
 
     def log(self, **metrics: float | torch.Tensor) -> None:
-        """Add figures to this step's line in metrics.jsonl. Waits for the device if a tensor is given."""
-        self._record |= {
-            name: float(value.detach() if isinstance(value, torch.Tensor) else value) for name, value in metrics.items()
-        }
+        """Add figures to this step's line in metrics.jsonl. Waits for the device if a tensor is given.
+
+        Raises:
+            RunError: a value that is no number, or a name that the session gives to figures of its own.
+        """
+        for name, value in metrics.items():
+            if name in _OURS:
+                raise RunError(f"log({name}=...): {', '.join(_OURS)} are measured by the session; take another name")
+            if isinstance(value, torch.Tensor) and value.numel() != 1:
+                raise RunError(f"log({name}=...): a tensor of shape {tuple(value.shape)} is no single number")
+            try:
+                self._record[name] = float(value.detach() if isinstance(value, torch.Tensor) else value)
+            except (TypeError, ValueError, OverflowError) as error:
+                raise RunError(f"log({name}=...): {value!r} is no number that fits a float") from error
 
     def seconds_in_step(self) -> float:
         """Seconds since the present step began."""
@@ -470,7 +488,7 @@ class Session:
         if missing:
             if not broken:
                 self._save("notice")
-                self._save_where_room_was_made("notice")
+                self._saving.save_where_room_was_made(lambda: self._save("notice"))
             else:  # the loop has begun to change the state: what is in memory is no step's state
                 self.event("partial_step_not_saved", step=self.step)
         unsaved = None
@@ -499,8 +517,9 @@ class Session:
     ) -> None:
         try:
             if error is None and self._saving is not None:
-                self._saving.manager.close()  # a loop that was left by ``break`` may have a save under way
-        except LatentWireError as failed:
+                self.end()
+                self._saving.manager.close()
+        except BaseException as failed:
             error = failed
             raise
         finally:

@@ -104,6 +104,7 @@ def _train(run: Run, attempt: Attempt, config: Config, handler: PreemptionHandle
             train(session, target(config.workload.options), placement)
         else:
             target(session)
+            session.end()
         ranks.disconnect()
     return session.step
 
