@@ -247,7 +247,8 @@ class AlertsSection(Section):
     temperature_c: Annotated[float, Field(gt=0)] | None = 85.0
     """The hottest GPU is hotter."""
     for_s: Annotated[float, Field(ge=0)] = 300.0
-    """So long one of these three must hold without a break, and be gone without a break."""
+    """So long one of these three, ``disk_free_percent`` or ``grace`` must hold without a break, and be gone without a
+    break. What the others hold against their thresholds has a duration of its own: they are told at once."""
     error_percent: Percent | None = 1.0
     """More of the last 1000 steps were skipped, or of the last 5 saves failed."""
     disk_free_percent: Percent | None = 5.0

@@ -1,8 +1,7 @@
 """When a running attempt calls for a person. Pure: records in, alerts out, with a clock of one's own choice.
 
-Each rule holds a figure against a threshold. It raises its alert when the figure was beyond it for so long, and takes
-it back when the figure was within a nearer threshold for as long: what wavers about the threshold is told once. After
-a notice nothing is raised any more: to be preempted is no trouble.
+Each rule holds a figure against a threshold, with what keeps it from telling of every waver: ``_rules`` says which rule
+has what. After a notice nothing is raised any more: to be preempted is no trouble.
 """
 
 from __future__ import annotations
@@ -133,7 +132,18 @@ class Alerts:
 
 
 def _rules(settings: AlertsSection, interval_s: float | str | None, vitals: Vitals) -> Iterator[_Rule]:
-    """Those that are not turned off."""
+    """Those that are not turned off.
+
+    All but ``grace`` have a nearer threshold, at which they are over. What is read off now and then must be bad for
+    ``for_s`` without a break, and good for as long: ``gpu_utilisation``, ``gpu_memory``, ``temperature``, and
+    ``disk_space``, as a disk may be full until an old checkpoint is pruned. ``grace`` too, and that is all it has: a
+    forecast says yes or no.
+
+    The others have no ``for_s``, as their figures have a duration of their own. ``error_rate`` counts over the last
+    1000 steps or five saves: a failed save stays in it, and is told at once, also where a disk is full sooner than
+    ``for_s``. ``loss_spike`` takes three bad ones of the last five steps. ``checkpoint_age`` and ``no_progress`` are
+    seconds themselves, and begin anew with the next verified checkpoint or step: that ends the alert at once.
+    """
     for_s = settings.for_s
     if (least := settings.gpu_utilisation_percent) is not None:
         yield _Rule(
@@ -166,7 +176,7 @@ def _rules(settings: AlertsSection, interval_s: float | str | None, vitals: Vita
     if (free := settings.disk_free_percent) is not None:
         yield _Rule(
             "disk_space",
-            Condition(free, free * 1.2),
+            Condition(free, free * 1.2, for_s),
             vitals.disk_free_percent,
             lambda value: f"{value:.1f} % of the run's disk is free ({free:g} % is wanted)",
         )
@@ -185,7 +195,7 @@ def _rules(settings: AlertsSection, interval_s: float | str | None, vitals: Vita
             lambda value: f"no step for {value:.0f} s (limit {still_s:g} s)",
         )
     if settings.grace:
-        yield _Rule("grace", Condition(0.5, 0.5), vitals.does_not_fit, lambda _: vitals.forecast_words())
+        yield _Rule("grace", Condition(0.5, 0.5, for_s), vitals.does_not_fit, lambda _: vitals.forecast_words())
     if (spreads := settings.loss_spike) is not None:
         yield _Rule(
             "loss_spike",

@@ -126,7 +126,9 @@ class Run:
             return []
         return [Attempt(self, number) for number in sorted(map(int, names))]
 
-    def claim_attempt(self, job_id: str, scheduler: str, restart: int = 0, after: Attempt | None = None) -> Attempt:
+    def claim_attempt(
+        self, job_id: str, scheduler: str, restart: int = 0, after: Attempt | None = None, gpus: int | None = None
+    ) -> Attempt:
         """Start a new attempt: its number is larger than any other's, and only ours. Called by the leading agent.
 
         The folder appears by one rename, with attempt.json inside: it is never seen empty, and a rename onto a folder
@@ -138,6 +140,7 @@ class Run:
             restart: how often the scheduler had started this job again.
             after: the claimer's own last attempt. The number is the next one or none: an agent that was given up would
                 else supersede the one that took its place.
+            gpus: that the scheduler gave the job on all its nodes; None: it does not say.
 
         Raises:
             Fenced: somebody else has claimed an attempt since ``after``.
@@ -148,7 +151,7 @@ class Run:
         aside.mkdir()
         number = (self.newest_number() if after is None else after.number) + 1
         while True:
-            job = {"job_id": job_id, "scheduler": scheduler, "restart": restart}
+            job = {"job_id": job_id, "scheduler": scheduler, "restart": restart, "gpus": gpus}
             mine = {"claimed": time.time(), "agent": dataclasses.asdict(ProcessIdentity.of())}
             write_json(aside / "attempt.json", {"number": number} | job | mine)
             try:
@@ -242,6 +245,11 @@ class Attempt:
         """placement.json: the devices of each rank, and what is where on them; empty before it is written."""
         placement = read_json(self.path / "placement.json")
         return placement if isinstance(placement, dict) else {}
+
+    def environments(self) -> list[dict[str, Any]]:
+        """environment.json of each node whose agent has written it."""
+        found = [read_json(path) for path in sorted(self.path.glob("environment*.json"))]
+        return [environment for environment in found if isinstance(environment, dict)]
 
     def is_newest(self) -> bool:
         """False once a newer attempt has been claimed."""

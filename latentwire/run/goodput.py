@@ -53,7 +53,7 @@ class Span:
         attempt: whose it is; None between attempts.
         cause: what it is due to: ``first start``, ``preempted``, ``lost``, ``oom``, ``network`` and so on (how the
             attempt before ended, for what a restart costs), ``saves``, ``evaluation``; empty for training.
-        num_gpus: that were held.
+        num_gpus: that were held, whether ranks used them or not.
     """
 
     kind: str
@@ -204,7 +204,7 @@ class _Told:
         self._most_steps, self._restart_cause = most_steps, cause
         # one without a time cannot be placed: a line of somebody else's, or a damaged one
         self._events = [e for e in attempt.events() if e["writer"] in ("agent", "rank0") and time_of(e)]
-        self.num_gpus = _num_gpus(attempt)
+        self.num_gpus = _gpus_held(attempt)
         last = attempt.last_step()
         self.last_step = whole(last.get("step"), 0)
         self.last_life_s = max(_claimed(attempt), time_of(last), self._last_sign_of_life())
@@ -326,7 +326,16 @@ def _same_job(attempt: Attempt, following: Attempt) -> bool:
     return [attempt.record().get(k) for k in keys] == [following.record().get(k) for k in keys]
 
 
-def _num_gpus(attempt: Attempt) -> int:
+def _gpus_held(attempt: Attempt) -> int:
+    """What the scheduler gave the job; where it does not say, what the nodes' agents saw or what ranks were given."""
+    given = attempt.record().get("gpus")
+    if given is not None:
+        return whole(given, 0)
+    seen = [environment.get("gpus") for environment in attempt.environments()]
+    return max(sum(len(gpus) for gpus in seen if isinstance(gpus, list)), _gpus_placed(attempt))
+
+
+def _gpus_placed(attempt: Attempt) -> int:
     devices = attempt.placement().get("devices")
     ranks = [rank for rank in devices if isinstance(rank, list)] if isinstance(devices, list) else []
     return sum(str(device).startswith("cuda") for rank in ranks for device in rank)

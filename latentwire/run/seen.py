@@ -74,6 +74,7 @@ class SeenAttempt(Attempt):
         self._events: list[dict[str, Any]] = []
         self._record: dict[str, Any] = {}
         self._placement: dict[str, Any] = {}
+        self._environments: list[dict[str, Any]] = []
         self._last_step: dict[str, Any] = {}
         self._metrics_size = 0
         self._reached: dict[int, float | None] = {}
@@ -86,6 +87,8 @@ class SeenAttempt(Attempt):
         self._record = self._record or super().record()
         self._placement = self._placement or super().placement()
         has_events = self._look_for_events()  # first: the last step of an ended attempt is then read for certain
+        if has_events or not self._placement:  # each node's agent has an event to tell after it wrote its environment
+            self._environments = super().environments()
         return self._look_for_steps() or has_events
 
     def _look_for_events(self) -> bool:
@@ -115,6 +118,10 @@ class SeenAttempt(Attempt):
     def placement(self) -> dict[str, Any]:
         """As of the last look."""
         return self._placement
+
+    def environments(self) -> list[dict[str, Any]]:
+        """As of the last look."""
+        return self._environments
 
     def events(self) -> list[dict[str, Any]]:
         """As of the last look."""

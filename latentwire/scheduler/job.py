@@ -6,6 +6,7 @@ import dataclasses
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,9 +16,11 @@ from latentwire.preemption.handler import blocked
 from latentwire.run.budget import next_move, verdict_of
 from latentwire.run.directory import Attempt, Run
 from latentwire.run.journal import Journal
+from latentwire.run.lease import Lease
 from latentwire.run.process import node_name
 from latentwire.scheduler import slurm
 from latentwire.scheduler.jobs import list_jobs
+from latentwire.scheduler.reports import Reports
 
 if TYPE_CHECKING:
     from latentwire.train.agent import Agent
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 
 _STARTS_AGAIN = ("preempted", "lost", "fenced")
 """Outcomes after which the job, or a newer one, goes on with the run."""
+_LEAVES_A_REPORT = ("finished", "failed", "lost")
+"""Outcomes, without a notice, after which this job does nothing more and nobody waits for its machine."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +123,10 @@ class TrainingJob:
 
         run = Run(Path(self.run_path))
         if self.scheduler != "slurm":
-            return Agent(run, LocalAllocation(str(os.getppid()))).main().outcome
+            agent = Agent(run, LocalAllocation(str(os.getppid())))
+            outcome = agent.main().outcome
+            _report(agent, outcome)
+            return outcome
         allocation = SlurmAllocation.of_this_task(os.environ)
         if allocation.node_rank == 0:
             return _lead(Agent(run, allocation))
@@ -146,7 +154,18 @@ def _lead(agent: Agent) -> str:
         os._exit(0)  # the run goes on elsewhere, perhaps as this very job: its requeue and its result are not ours
     if outcome == "preempted" or (outcome == "lost" and next_move(agent.run, agent.config.retry).again):
         _give_back(agent.run, agent.allocation, agent.attempt)
+    _report(agent, outcome)
     return outcome
+
+
+def _report(agent: Agent, outcome: str) -> None:
+    """Write the report of a run that no orchestrator looks after. Blocks for a second, a minute at most."""
+    if agent.attempt is None or agent.handler.notice is not None or outcome not in _LEAVES_A_REPORT:
+        return
+    if Lease(agent.run.lease_path).holder() is None:
+        reports = Reports()
+        reports.want(agent.run)
+        reports.finish(threading.Event())
 
 
 def _is_finished(run: Run) -> bool:

@@ -148,7 +148,7 @@ class Orchestrator:
                     self._eager_until = self._clock() + _EAGER_FOR_S
                     self._next_ask = 0.0
                 if event.get("event") == "attempt_ended":
-                    self._reports.want(watched)
+                    self._reports.want(watched.run)
                 line = tell(event)
                 if line is not None:
                     log.info("%s: %s", watched.run.name, line)

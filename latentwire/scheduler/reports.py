@@ -1,4 +1,4 @@
-"""The report of each run whose attempt has ended, written by a process beside the orchestrator."""
+"""The report of each run whose attempt has ended, written by a process beside the orchestrator, or else the job."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import threading
 import time
 from typing import IO
 
-from latentwire.scheduler.watched import Watched
+from latentwire.run.directory import Run
 
 _AT_THE_END_S = 60.0
 _LONGEST_S = 300.0
@@ -23,16 +23,16 @@ log = logging.getLogger("latentwire.orchestrate")
 class _Writing:
     """A report under way, in a process of its own; its words go to a file, which never fills up."""
 
-    def __init__(self, watched: Watched) -> None:
+    def __init__(self, run: Run) -> None:
         """Start it.
 
         Raises:
             OSError: no process can be started.
         """
-        self.name = watched.run.name
+        self.name = run.name
         self._began = time.monotonic()
         self._said: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115 - it lives as long as this
-        command = [sys.executable, "-m", "latentwire.views.report", str(watched.run.path)]
+        command = [sys.executable, "-m", "latentwire.views.report", str(run.path)]
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=self._said, text=True)
 
     def failure(self) -> str | None:
@@ -54,7 +54,7 @@ class _Writing:
 
 
 class Reports:
-    """Writes ``report.html``, one run after the other: it costs some processor time here, and no job any.
+    """Writes ``report.html``, one run after the other: it costs some processor time here.
 
     One that fails is told of in the log alone: the last line of a run's journal has a meaning of its own. Where plotly
     is not installed nobody asked for pictures, and there are no reports.
@@ -62,13 +62,13 @@ class Reports:
 
     def __init__(self) -> None:
         self._is_possible = importlib.util.find_spec("plotly") is not None
-        self._wanted: dict[str, Watched] = {}
+        self._wanted: dict[str, Run] = {}
         self._writing: _Writing | None = None
 
-    def want(self, watched: Watched) -> None:
+    def want(self, run: Run) -> None:
         """Note that the run has changed. Does not block."""
         if self._is_possible:
-            self._wanted[watched.run.name] = watched
+            self._wanted[run.name] = run
 
     def go_on(self) -> None:
         """Start the next, if none is being written; does not block."""
@@ -80,11 +80,11 @@ class Reports:
                 log.warning("%s: no report was written: %s", self._writing.name, failure)
             self._writing = None
         if self._wanted:
-            watched = self._wanted.pop(next(iter(self._wanted)))
+            run = self._wanted.pop(next(iter(self._wanted)))
             try:
-                self._writing = _Writing(watched)
+                self._writing = _Writing(run)
             except OSError as error:  # the next attempt's end asks again
-                log.warning("%s: no report was written: %s", watched.run.name, error)
+                log.warning("%s: no report was written: %s", run.name, error)
 
     def finish(self, stop: threading.Event) -> None:
         """Write those that are still wanted; called when nothing else is left. Blocks until ``stop``, or a minute."""

@@ -78,7 +78,8 @@ class Agent:
                     return Verdict("cancelled", error="the run was cancelled before this job started")
                 job = self.allocation
                 try:
-                    self.attempt = self.run.claim_attempt(job.job_id, job.scheduler, job.restart, after=self.attempt)
+                    gpus = None if job.num_gpus is None else job.num_gpus * job.num_nodes
+                    self.attempt = self.run.claim_attempt(job.job_id, job.scheduler, job.restart, self.attempt, gpus)
                 except Fenced as fenced:
                     return Verdict("fenced", error=str(fenced))
                 verdict = _Supervision(self, self.attempt).main()

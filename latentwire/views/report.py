@@ -93,7 +93,7 @@ def _digest(script: str) -> str:
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
-if __name__ == "__main__":  # by the orchestrator, without the command line's imports
+if __name__ == "__main__":  # by the orchestrator or a job, without the command line's imports
     os.nice(10)
     try:
         write_report(Run(Path(sys.argv[1])), Path(sys.argv[1]) / REPORT)

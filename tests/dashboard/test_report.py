@@ -1,4 +1,4 @@
-"""The report: written by a command, and by the orchestrator whenever an attempt has ended."""
+"""The report: written by a command, and when an attempt has ended by the orchestrator, or by a job that has none."""
 
 from __future__ import annotations
 
@@ -7,25 +7,56 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import pytest
 from orchestrate_parts import orchestrate, toy_run
-from running import make_run, write_config
+from running import PATIENCE_S, make_run, write_config
 
+from latentwire.run.directory import Run
 from latentwire.run.status import run_status
 
 
+def reported(run: Run) -> Any:
+    """What is in the sections of its report."""
+    page = (run.path / "report.html").read_text()
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page)
+    assert data is not None
+    return json.loads(data[1])["sections"]
+
+
 def latentwire(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "latentwire", *words], capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-m", "latentwire", *words], capture_output=True, text=True, timeout=PATIENCE_S
+    )
 
 
 def test_an_orchestrated_run_leaves_a_report_of_its_end(tmp_path: Path) -> None:
     write_config(tmp_path, "toy", train={"steps": 8})
     assert orchestrate(tmp_path, "--config", "toy.yaml").returncode == 0
-    page = (toy_run(tmp_path).path / "report.html").read_text()
-    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page)
-    assert data is not None
-    sections = json.loads(data[1])["sections"]
+    sections = reported(toy_run(tmp_path))
     assert (sections["status"]["state"], sections["curve"]["num_points"]) == ("DONE", 8)
+
+
+@pytest.mark.parametrize(("fails", "code", "num_points"), [(False, 0, 8), (True, 1, 6)])
+def test_a_run_without_an_orchestrator_leaves_a_report_of_its_end(
+    tmp_path: Path, fails: bool, code: int, num_points: int
+) -> None:
+    options = {"troubles": [{"kind": "bug", "after_samples": 16 * 6}] if fails else []}
+    config = write_config(tmp_path, "toy", train={"steps": 8}, workload={"options": options}, retry={"other": 0})
+    ended = latentwire("run", str(config), "--runs-dir", str(tmp_path / "runs"))
+    assert ended.returncode == code, ended.stdout + ended.stderr
+    run = toy_run(tmp_path)
+    sections = reported(run)
+    assert (sections["status"]["state"], sections["curve"]["num_points"]) == (run_status(run).state, num_points)
+
+
+def test_a_run_without_an_orchestrator_ends_well_where_its_report_cannot_be_written(tmp_path: Path) -> None:
+    config = write_config(tmp_path, "toy", train={"steps": 8})
+    (toy_run(tmp_path).path / "report.html").mkdir(parents=True)
+    ended = latentwire("run", str(config), "--runs-dir", str(tmp_path / "runs"))
+    assert (ended.returncode, ended.stdout.splitlines()[-1]) == (0, "toy: finished")
+    assert "toy: no report was written: " in ended.stderr
 
 
 def test_a_report_that_cannot_be_written_is_told_and_harms_nothing(tmp_path: Path) -> None:

@@ -128,6 +128,7 @@ def test_an_experiment_on_two_nodes(site: Site) -> None:
     assert verdict_of(attempt).outcome == "finished"
     assert read_json(attempt.path / "placement.json")["nodes"] == [0, 1]
     assert site.said(job).splitlines()[-2:] == ["toy: finished"] * 2
+    assert (attempt.run.path / "report.html").exists(), "no orchestrator writes it"
 
 
 def test_a_dry_run_is_the_script_that_is_submitted(site: Site) -> None:

@@ -21,7 +21,7 @@ from latentwire.run.atomic import write_text
 from latentwire.run.directory import Attempt, Run, create_run, is_step
 from latentwire.run.goodput import KINDS
 from latentwire.run.journal import read_journal
-from latentwire.run.status import account_of
+from latentwire.run.status import account_of, run_status
 
 PATIENCE_S = 240.0
 HERE = Path(__file__).parent
@@ -139,15 +139,34 @@ def hold(run: Run, where: str, after: int) -> None:
 
 
 def check_ledgers(folder: Path) -> None:
-    """Of every run below that an agent ran: each moment is in one class, and the sum is the wall clock."""
+    """Of every run below that an agent ran: each moment is in one class, and the sum is the wall clock.
+
+    Spans touch by construction: that none is missing at either end is told by what the run's writers wrote.
+    """
     for path in {path.parents[2] for path in folder.rglob("experiment_*/attempts/*/environment.json")}:
-        run = Run(path)
-        ledger = account_of(run, time.time())
+        run, now = Run(path), time.time()
+        ledger = account_of(run, now)
         spans = ledger.spans
         assert all(a.end_ms == b.begin_ms for a, b in itertools.pairwise(spans)), f"a hole in {run.path}"
         assert all(span.kind in KINDS and span.begin_ms < span.end_ms for span in spans), run.path
-        assert spans[0].begin_ms <= round(run.attempts()[0].record()["claimed"] * 1000), run.path
-        assert round(ledger.wall_s * 1000) == spans[-1].end_ms - spans[0].begin_ms, run.path
+        begin_ms, end_ms = round(_began(run) * 1000), round(_ended(run, now) * 1000)
+        assert (spans[0].begin_ms, spans[-1].end_ms) == (begin_ms, end_ms), run.path
+        assert round(ledger.wall_s * 1000) == end_ms - begin_ms, run.path
+
+
+def _began(run: Run) -> float:
+    """When it was wanted first, or else was there first."""
+    wanted = [e["time"] for e in run.own_events() if e["event"] in ("submitting", "submitted")]
+    return float(min([*wanted, run.attempts()[0].record()["claimed"]]))
+
+
+def _ended(run: Run, now: float) -> float:
+    """When the last word on it was said; now, where somebody still wants it to go on."""
+    if run_status(run, now).state not in ("DONE", "FAILED", "STOPPED", "CANCELLED"):
+        return now
+    last_words = [e for attempt in run.attempts() for e in events(attempt, "attempt_ended", "agent")]
+    last_words += [e for e in run.own_events() if e["event"] == "given_up"]
+    return float(max(e["time"] for e in last_words))
 
 
 def events(attempt: Attempt, name: str, writer: str = "rank0") -> list[dict[str, Any]]:

@@ -60,7 +60,7 @@ def verdicts(attempt: Attempt, until_step: int) -> set[str]:
 def test_a_run_that_stands_still_is_told_of_but_not_after_a_notice(tmp_path: Path) -> None:
     kept = tmp_path / "kept.jsonl"
     command = [sys.executable, "-c", KEEP, str(kept)]
-    rules = {"no_progress_s": 6.0, "disk_free_percent": 100.0, "webhook": f"${NAMED}", "command": command}
+    rules = {"no_progress_s": 6.0, "disk_free_percent": 100.0, "for_s": 2.0, "webhook": f"${NAMED}", "command": command}
     run = make_run(tmp_path, alerts=rules)
     with (
         Webhook().open() as webhook,

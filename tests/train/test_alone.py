@@ -78,6 +78,7 @@ def test_a_run_right_here_is_preempted_and_a_submitted_job_finishes_it(tmp_path:
             wait_for_event(first, "notice", "agent")
         said, _ = process.communicate(timeout=PATIENCE_S)
         assert (process.returncode, said.splitlines()[-1]) == (75, "toy: preempted")
+        assert not (run.path / "report.html").exists(), "after a notice nothing may keep the machine"
     code, said = latentwire(tmp_path, "submit", config, "checkpoint.keep=4", "alerts.webhook=http://a-secret.example")
     assert code == 0, said
     assert f"submitted toy on this machine as job {list_jobs(run)[1].job_id}" in said

@@ -76,6 +76,7 @@ def test_what_happens_to_one_node_happens_to_the_attempt(tmp_path: Path) -> None
         assert events(attempt, "notice", "agent") == []
         assert verdict_of(attempt).step == events(attempt, "left")[0]["step"] > 0
         assert read_json(attempt.path / "environment.node1.json")["host"] == "n1"
+        assert attempt.record()["gpus"] == 2, "one on each node, which nobody sees"
     with standing_on_two_nodes(run, restart=1) as (leader, follower, attempt):
         follower.process.send_signal(KILL)
         follower.process.wait()

@@ -66,6 +66,7 @@ SAMPLED = {
         {"memory_used_bytes": 100 << 30},
     ),
     "temperature": ({"temperature_c": 86}, {"temperature_c": 81}, {"temperature_c": 80}),
+    "disk_space": tuple({"host": {"disk_free_bytes": free << 30}} for free in (49, 55, 61)),
 }
 
 
@@ -79,7 +80,7 @@ def test_a_reading_must_be_bad_for_long_and_good_for_long(name: str) -> None:
     assert attempt.wait(58, attempt.sample(**bad)) == []
     (raised,) = attempt.wait(10, attempt.sample(**bad))
     assert names([raised]) == [(name, True)]
-    assert raised.threshold in (75.0, 85.0)
+    assert raised.threshold in (75.0, 85.0, 5.0)
     assert attempt.wait(200, attempt.sample(**wavering)) == [], "hardly better is not over"
     assert attempt.wait(50, attempt.sample(**good)) == []
     assert names(attempt.wait(20, attempt.sample(**good))) == [(name, False)]
@@ -101,11 +102,14 @@ def test_a_monitor_that_went_silent_says_nothing() -> None:
     assert attempt.wait(1000) == []
 
 
-def test_disk_space() -> None:
+def test_a_disk_that_is_full_until_an_old_checkpoint_is_pruned_is_no_trouble() -> None:
     attempt = Attempt(no_progress_s=None, checkpoint_age_s=None)
-    assert names(attempt.wait(2, attempt.sample(host={"disk_free_bytes": 49 << 30}))) == [("disk_space", True)]
-    assert attempt.wait(20, attempt.sample(host={"disk_free_bytes": 55 << 30})) == []
-    assert names(attempt.wait(2, attempt.sample(host={"disk_free_bytes": 61 << 30}))) == [("disk_space", False)]
+    full, pruned = (attempt.sample(host={"disk_free_bytes": free << 30}) for free in (5, 55))
+    for _ in range(10):
+        assert attempt.wait(290, full) + attempt.wait(10, pruned) == []
+    attempt.event("save_failed", step=2, error="full")
+    assert names(attempt.wait(2, full)) == [("error_rate", True)], "a save that fails is not waited for"
+    assert names(attempt.wait(310, full)) == [("disk_space", True)]
 
 
 def test_no_progress_is_told_once_and_is_over_with_the_next_step() -> None:
@@ -176,17 +180,24 @@ def test_more_than_one_step_in_a_hundred_was_skipped() -> None:
     assert names(attempt.wait(500, attempt.make_step)) == [("error_rate", False)]
 
 
-def test_a_notice_that_would_not_fit_is_passed_on() -> None:
-    attempt = Attempt()
-    attempt.event("forecast", needs_s=25.0, grace_s=20.0, warning="a notice saves nothing")
-    (raised,) = attempt.wait(2)
+def test_a_notice_that_would_not_fit_is_passed_on_once_that_is_so_for_long() -> None:
+    attempt = Attempt(no_progress_s=None, checkpoint_age_s=None)
+    too_long = {"needs_s": 20.1, "grace_s": 20.0, "warning": "a notice saves nothing"}
+    for _ in range(10):  # each save brings another forecast
+        attempt.event("forecast", **too_long)
+        assert attempt.wait(290) == []
+        attempt.event("forecast", needs_s=19.9, grace_s=20.0)
+        assert attempt.wait(60) == []
+    attempt.event("forecast", **too_long)
+    (raised,) = attempt.wait(310)
     assert (raised.name, raised.text) == ("grace", "a notice saves nothing")
     attempt.event("forecast", needs_s=5.0, grace_s=20.0)
-    assert names(attempt.wait(2)) == [("grace", False)]
+    assert attempt.wait(290) == []
+    assert names(attempt.wait(20)) == [("grace", False)]
 
 
 def test_after_a_notice_no_alert_is_raised_and_none_is_over() -> None:
-    attempt = Attempt(checkpoint_age_s=None)
+    attempt = Attempt(checkpoint_age_s=None, for_s=0.0)
     attempt.train()
     assert names(attempt.wait(1000)) == [("no_progress", True)]
     assert names(attempt.wait(2, attempt.make_step)) == [("no_progress", False)]

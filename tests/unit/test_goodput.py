@@ -18,6 +18,7 @@ from latentwire.run.atomic import write_json
 from latentwire.run.directory import Attempt, Run
 from latentwire.run.goodput import KINDS, Ledger, ledger_of, together
 from latentwire.run.journal import Journal
+from latentwire.run.seen import SeenRun
 
 Story = list[tuple[str, float]]
 
@@ -138,6 +139,43 @@ def test_a_notice_costs_what_follows_it(run: Run) -> None:
     assert {cause: seconds for cause, (seconds, _) in causes.items()} == {"first start": 17, "preempted": 3 + 17}
     assert causes["preempted"][1] == pytest.approx((3 * 2 + 17 * 4) / 3600)
     assert ledger.gpu_hours == pytest.approx((28 * 2 + 27 * 4) / 3600)
+
+
+GPUS = {"": 3, ".node1": 2}
+"""That the agents of two nodes see."""
+
+
+@pytest.mark.parametrize(
+    ("given", "seen", "placed", "held"),
+    [
+        (None, {"": 3}, 2, 3),
+        (None, GPUS, 4, 5),
+        (None, {"": 2}, 4, 4),
+        (None, {}, 2, 2),
+        (4, {"": 3}, 2, 4),
+        (4, {"": 0}, 0, 4),
+        (4, {}, None, 4),
+        (None, {"": 3}, None, 3),
+        (None, {}, None, 0),
+    ],
+    ids=["one idles", "two nodes", "a node does not say", "no node says", "one is broken", "no driver", "died at once",
+         "died before it placed", "nothing is known"],
+)  # fmt: skip
+def test_what_was_held_counts_whether_ranks_used_it_or_not(
+    run: Run, given: int | None, seen: dict[str, int], placed: int | None, held: int
+) -> None:
+    attempt = claim(run, 0, gpus=placed or 0)
+    write_json(attempt.path / "attempt.json", attempt.record() | {"gpus": given})
+    if placed is None:
+        (attempt.path / "placement.json").unlink()
+    agent(attempt, "attempt_started", 0)
+    watched = SeenRun(run)
+    for node, gpus in seen.items():
+        write_json(attempt.path / f"environment{node}.json", {"gpus": [{"name": "H200"}] * gpus})
+    agent(attempt, "attempt_ended", 3600, outcome="finished")
+    watched.look()
+    assert account(run).gpu_hours == held
+    assert ledger_of(watched, NOW + 3600, alive=False).gpu_hours == held, "who looks on knows it too"
 
 
 def test_what_was_lost_is_done_again(run: Run) -> None:
