@@ -15,7 +15,10 @@ from latentwire.run.directory import Run
 from latentwire.views.report import write_report
 
 CHARTS = "[...document.querySelectorAll('.js-plotly-plot')].length"
-POINTS = "document.querySelectorAll('.js-plotly-plot')[1].data[0].x"
+LOSS = "document.querySelectorAll('.js-plotly-plot')[1]"
+POINTS = f"{LOSS}.data[0].x"
+PICTURE = f"{LOSS}.querySelector('.main-svg')"
+"""A chart that is drawn anew has another one; the element around it stays."""
 MARK = "<img src=x onerror=window.hit=1><script>window.hit=1</script>"
 
 
@@ -31,7 +34,7 @@ def test_a_live_run_is_watched_preempted_and_watched_again(browser: Browser, ser
         tab.wait_for_text("training")
         wait_for_steps(agent.attempt, 3)
         wait_for(lambda: tab.page.evaluate(f"{CHARTS} >= 4 && {POINTS}.length > 3"), "charts")
-        drawn = tab.page.evaluate("document.querySelectorAll('.js-plotly-plot')[1].dataset.seen = 'first'")
+        drawn = tab.page.evaluate(f"{PICTURE}.dataset.seen = 'first'")
         before = tab.page.evaluate(f"{POINTS}.length")
         wait_for(lambda: tab.page.evaluate(f"{POINTS}.length") > before, "a chart that grows")
         tab.page.get_by_role("button", name="Preempt").click()
@@ -48,7 +51,7 @@ def test_a_live_run_is_watched_preempted_and_watched_again(browser: Browser, ser
             lambda: (found := tab.page.evaluate(POINTS)) and found[-1] > before + 5 and found, "the second attempt"
         )
         assert steps == list(range(1, steps[-1] + 1))
-        assert tab.page.evaluate("document.querySelectorAll('.js-plotly-plot')[1].dataset.seen") == drawn
+        assert tab.page.evaluate(f"{PICTURE}.dataset.seen") == drawn
         agent.send(KILL)
     tab.close()
 
