@@ -175,7 +175,7 @@ ITEMS = (
     ),
     Item(
         "diagnosis",
-        "Each of nine causes of a slow run is found in a trace made for it, and no other; a healthy run has none",
+        "Each of ten causes of a slow run is found in a trace made for it, and no other; a healthy run has none",
         _pytest("tests/unit/test_diagnose.py"),
         tests_pass,
     ),
