@@ -96,6 +96,18 @@ class Tab:
         """Wait until it stands anywhere on the page."""
         wait_for(lambda: text in self.text(), f"{text!r} on the page, which shows: {self.text()[:2000]}")
 
+    def reach(self, name: str) -> None:
+        """Press the Tab key until what is called so has the focus."""
+        passed = []
+        while self.focused() != name:
+            assert len(passed) < 30, f"{name!r} is not among what the Tab key reaches: {passed}"
+            self.page.keyboard.press("Tab")
+            passed.append(self.focused())
+
+    def focused(self) -> str:
+        """What the element that the keyboard acts on says."""
+        return str(self.page.evaluate("document.activeElement.textContent"))
+
     def text(self) -> str:
         """All that the page says."""
         time.sleep(0.05)

@@ -8,14 +8,29 @@ from pathlib import Path
 
 from cli_parts import finished_run
 from playwright.sync_api import Browser, Route
-from running import KILL, SLOW_ENOUGH, agent_of, make_run, run_agent, wait_for, wait_for_steps
+from running import (
+    KILL,
+    SLOW_ENOUGH,
+    agent_of,
+    events,
+    make_run,
+    run_agent,
+    wait_for,
+    wait_for_event,
+    wait_for_steps,
+)
 from serving_parts import TOKEN, Serve, Tab
 
 from latentwire.run.directory import Run
 from latentwire.views.report import write_report
 
 CHARTS = "[...document.querySelectorAll('.js-plotly-plot')].length"
-POINTS = "document.querySelectorAll('.js-plotly-plot')[1].data[0].x"
+LOSS = "document.querySelectorAll('.js-plotly-plot')[1]"
+POINTS = f"{LOSS}.data[0].x"
+PICTURE = f"{LOSS}.querySelector('.main-svg')"
+"""A chart that is drawn anew has another one; the element around it stays."""
+DIALOG = "document.activeElement.closest('dialog')"
+ONLY_WHEN_ASKED = {"interval_s": None, "interval_steps": None, "best_metric": None}
 MARK = "<img src=x onerror=window.hit=1><script>window.hit=1</script>"
 
 
@@ -31,7 +46,7 @@ def test_a_live_run_is_watched_preempted_and_watched_again(browser: Browser, ser
         tab.wait_for_text("training")
         wait_for_steps(agent.attempt, 3)
         wait_for(lambda: tab.page.evaluate(f"{CHARTS} >= 4 && {POINTS}.length > 3"), "charts")
-        drawn = tab.page.evaluate("document.querySelectorAll('.js-plotly-plot')[1].dataset.seen = 'first'")
+        drawn = tab.page.evaluate(f"{PICTURE}.dataset.seen = 'first'")
         before = tab.page.evaluate(f"{POINTS}.length")
         wait_for(lambda: tab.page.evaluate(f"{POINTS}.length") > before, "a chart that grows")
         tab.page.get_by_role("button", name="Preempt").click()
@@ -48,8 +63,36 @@ def test_a_live_run_is_watched_preempted_and_watched_again(browser: Browser, ser
             lambda: (found := tab.page.evaluate(POINTS)) and found[-1] > before + 5 and found, "the second attempt"
         )
         assert steps == list(range(1, steps[-1] + 1))
-        assert tab.page.evaluate("document.querySelectorAll('.js-plotly-plot')[1].dataset.seen") == drawn
+        assert tab.page.evaluate(f"{PICTURE}.dataset.seen") == drawn
         agent.send(KILL)
+    tab.close()
+
+
+def test_a_save_is_asked_for_by_keyboard_alone(browser: Browser, serve: Serve, tmp_path: Path) -> None:
+    run = make_run(tmp_path, train={"steps": 200}, checkpoint=ONLY_WHEN_ASKED, **SLOW_ENOUGH)
+    tab = Tab(browser)
+    server = serve("--allow-actions", token=TOKEN)
+    with agent_of(run) as agent:
+        wait_for_steps(agent.attempt, 1)
+        tab.open(f"{server.address}runs/toy#token={TOKEN}")
+        tab.wait_for_text("training")
+        tab.reach("Save now")
+        for answer in ("Escape", "Enter"):
+            assert (tab.focused(), tab.page.evaluate(f"{DIALOG} === null")) == ("Save now", True)
+            tab.page.keyboard.press("Enter")
+            wait_for(lambda: tab.page.evaluate(f"{DIALOG} !== null"), "a question")
+            assert "Let toy save now and go on?" in tab.text()
+            assert tab.focused() == "Save now"
+            tab.page.keyboard.press(answer)
+            wait_for(lambda: tab.page.evaluate("document.querySelector('dialog') === null"), "an answer taken")
+        tab.wait_for_text("asked the agent of attempt 1")
+        committed = wait_for_event(agent.attempt, "save_committed")
+        tab.wait_for_text("verified")
+        wait_for_steps(agent.attempt, committed["step"] + 2)
+        agent.send(KILL)
+    assert [event["reason"] for event in events(agent.attempt, "save_staged")] == ["asked"]
+    assert [address for address in tab.asked if address.endswith("/save")] == [f"{server.address}api/runs/toy/save"]
+    assert [step.name for step in run.checkpoints.glob("step-*")] == [f"step-{committed['step']:08}"]
     tab.close()
 
 
@@ -171,7 +214,7 @@ def test_phone_and_keyboard_in_light_and_dark(browser: Browser, serve: Serve, tm
             tab.wait_for_text(text)
             assert tab.page.evaluate("document.documentElement.scrollWidth") <= 390
             tab.page.keyboard.press("Tab")
-            assert tab.page.evaluate("document.activeElement.textContent") == "Skip to the content"
+            assert tab.focused() == "Skip to the content"
             tab.page.keyboard.press("Enter")
             assert tab.page.evaluate("document.activeElement.id") == "main"
             ground = tab.page.evaluate("getComputedStyle(document.body).backgroundColor")

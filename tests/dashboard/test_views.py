@@ -10,11 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+from cli_parts import killed_in_mid_line
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from running import make_run
 
 from latentwire.run.goodput import Ledger, Span
+from latentwire.run.journal import Journal
 from latentwire.views import run_page
 from latentwire.views.accounts import MAX_STRETCHES, timeline
 from latentwire.views.curve import NUM_STRETCHES, CurveView
@@ -127,12 +129,14 @@ def test_a_chart_that_is_extended_shows_the_one_curve(tmp_path: Path) -> None:
         chart.take(view.read())
     two = run.claim_attempt("2", "local").metrics_path
     append(two, 61, 62, 2)
-    with two.open("a") as file:
-        file.write('{"time": 1, "step": 63, "lo')  # the writer is killed in mid-line
+    killed_in_mid_line(two, '{"time": 1, "step": 63, "lo')
     chart.take(view.read())
     assert chart.points["loss"] == {step: step + (0.1 if step <= 60 else 0.2) for step in range(1, 63)}
+    another = Journal(two)
+    another.record(step=63, loss=math.nan, step_s=1.0)
+    another.close()
     with two.open("a") as file:
-        file.write('\n{"time": 1, "step": 63, "loss": "NaN", "step_s": 1.0}\n["foreign"]\n')
+        file.write('["foreign"]\n')
     append(two, 64, 80, 2)
     chart.take(view.read())
     assert chart.points["loss"][63] is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import pty
+import signal
 import struct
 import subprocess
 import sys
@@ -21,6 +22,12 @@ from latentwire.run.directory import Attempt, Run, create_run
 from latentwire.run.journal import Journal
 
 Agents = Callable[..., "subprocess.Popen[str]"]
+_WRITER = """
+import os, sys
+os.write(os.open(sys.argv[1], os.O_WRONLY | os.O_APPEND), sys.argv[2].encode())
+print("in mid-line", flush=True)
+input()
+"""
 
 
 def program(*arguments: str) -> list[str]:
@@ -101,6 +108,17 @@ def read_line(process: subprocess.Popen[str]) -> str:
 def append(path: Path, text: str) -> None:
     with path.open("a") as file:
         file.write(text)
+
+
+def killed_in_mid_line(path: Path, text: str) -> None:
+    """A process appends the text, which ends with half a line, and is killed before it writes the rest."""
+    command = [sys.executable, "-c", _WRITER, str(path), text]
+    writer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert read_line(writer) == "in mid-line\n"
+    writer.kill()
+    writer.communicate()
+    assert writer.returncode == -signal.SIGKILL
+    assert not path.read_bytes().endswith(b"\n")
 
 
 def of_a_terminal() -> dict[str, str]:

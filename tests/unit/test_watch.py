@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-from cli_parts import complaint, make_run, program, read_line, write_events
+from cli_parts import complaint, killed_in_mid_line, make_run, program, write_events
 from fleet_parts import fleet, running
 from terminal_parts import Terminal
 
 from latentwire.run.directory import open_run
-
-_WRITER = """
-import os, sys
-line = b'{"time": %f, "step": %d, "loss": 1.25, "samples_per_s": 7.5, "step_s": 1.0}\\n'
-file = os.open(sys.argv[1], os.O_WRONLY | os.O_APPEND)
-os.write(file, line % (float(sys.argv[2]), 401))
-os.write(file, (line % (float(sys.argv[2]), 402))[:40])
-print("in mid-line", flush=True)
-input()
-"""
 
 
 def test_the_fleet_is_drawn_anew_as_it_changes(home: Path) -> None:
@@ -54,13 +44,12 @@ def test_one_run_is_drawn_while_its_writer_is_killed_in_mid_line(home: Path) -> 
         drawn = terminal.wait_for("step 380 committed in 0.4 s", "NVIDIA H200")
         for words in ("RUNNING", "training", "400 of 1000", "last 200 steps", "goodput", "61.0 GB of 143.0 GB"):
             assert words in drawn
-        command = [sys.executable, "-c", _WRITER, str(attempt.metrics_path), str(time.time())]
-        writer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert read_line(writer) == "in mid-line\n"
-        writer.kill()
-        writer.communicate()
+        whole, half = (
+            json.dumps({"time": time.time(), "step": step, "loss": 1.25, "samples_per_s": 7.5, "step_s": 1.0})
+            for step in (401, 402)
+        )
+        killed_in_mid_line(attempt.metrics_path, f"{whole}\n{half[:40]}")
         terminal.wait_for("401 of 1000", "7.5")
-        assert attempt.metrics_path.read_bytes()[-1:] != b"\n"
         write_events(attempt, "rank0", (time.time(), "save_failed", {"step": 400, "error": "disk full\x1b[2J"}))
         terminal.wait_for("ALARM save of step 400 failed, trying again: disk full\\x1b[2J")
         shutil.rmtree(run.path)
