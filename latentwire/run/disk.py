@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _CURES = {
@@ -24,6 +25,15 @@ _CURES = {
     errno.ESTALE: "the file server has lost it: have it mounted again on this node",
 }
 
+_PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.EAGAIN}
+_PASSING |= {errno.ETIMEDOUT, errno.ESTALE}
+"""What may be over in a while, when somebody has made room or a server is back."""
+
+
+def is_passing(error: OSError) -> bool:
+    """Whether it is worth while to try again later."""
+    return error.errno in _PASSING
+
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
@@ -34,6 +44,12 @@ def naming(path: Path) -> Iterator[None]:
         if error.errno is not None and not os.path.isabs(error.filename or ""):  # else it is ours, with its own words
             error.filename = os.fspath(path)
         raise
+
+
+def complain(text: str) -> None:
+    """Print to stderr. Where that is a log on a full disk there is nobody to tell, and the program goes on."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def told(error: Exception, folder: Path | None = None) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from latentwire.preemption.handler import blocked
 from latentwire.run.budget import next_move, verdict_of
 from latentwire.run.directory import Attempt, Run
+from latentwire.run.disk import complain
 from latentwire.run.journal import Journal
 from latentwire.run.lease import Lease
 from latentwire.run.process import node_name
@@ -186,7 +186,7 @@ def _tell_followers(run: Run, allocation: Allocation, outcome: str) -> None:
     try:
         run.end_job(allocation.job_id, allocation.restart, outcome)
     except OSError as error:  # a full disk must not keep the job from being requeued, which ends the followers too
-        print(f"the other nodes of job {allocation.job_id} could not be told of its end: {error}", file=sys.stderr)
+        complain(f"the other nodes of job {allocation.job_id} could not be told of its end: {error}")
 
 
 def _give_back(run: Run, allocation: Allocation, attempt: Attempt | None) -> None:

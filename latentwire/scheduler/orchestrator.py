@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from latentwire.errors import LatentWireError, RunBusy, SchedulerError
 from latentwire.run.budget import next_move
 from latentwire.run.directory import Run
+from latentwire.run.disk import is_passing, told
 from latentwire.run.journal import time_of
 from latentwire.run.status import RunStatus
 from latentwire.run.telling import tell
@@ -140,6 +141,8 @@ class Orchestrator:
             except RunBusy as error:  # asleep for too long: the run is somebody else's now, the others stay ours
                 log.warning("%s", error)
                 watched.done = True
+            except OSError as error:  # the next renewal tries again; here nobody takes over from a living process
+                log.warning("%s: the lease was not renewed: %s", watched.run.name, told(error))
 
     def _tell_news(self) -> None:
         for watched in self.watched:
@@ -166,7 +169,7 @@ class Orchestrator:
             try:
                 due_at = self._due_at(watched)
             except (LatentWireError, OSError) as error:  # an OSError: its directory was removed, or cannot be written
-                self._give_up(watched, str(error))
+                self._wait_or_give_up(watched, error)
                 continue
             if due_at is not None:
                 free -= 1  # one that pauses keeps its place
@@ -188,8 +191,8 @@ class Orchestrator:
                 self._adopt(watched, int(watched.last_event["number"]), found)
             return bool(found) or watched.is_being_submitted(self._clock())
         except (LatentWireError, OSError) as error:
-            self._give_up(watched, str(error))
-            return False
+            self._wait_or_give_up(watched, error)
+            return True  # while that is not known no other is submitted
 
     def _heed_a_cancel(self, watched: Watched, chain: Sequence[Job], queue: Queue) -> None:
         """A plain scancel is a person's word: the run stays cancelled, and what waits after its job is taken back."""
@@ -243,6 +246,13 @@ class Orchestrator:
             return watched.retry_at
         self._give_up(watched, f"{unheard} jobs in a row died before they started: {reason}")
         return None
+
+    def _wait_or_give_up(self, watched: Watched, error: LatentWireError | OSError) -> None:
+        """A full disk or a file server that is away is waited for: the next look tries again."""
+        if isinstance(error, OSError) and is_passing(error):
+            log.warning("%s: waiting: %s", watched.run.name, told(error))
+        else:
+            self._give_up(watched, told(error))
 
     @staticmethod
     def _give_up(watched: Watched, reason: str) -> None:
@@ -306,8 +316,9 @@ class Orchestrator:
         return f"{config.scheduler!r} {config.elastic.patience_s} {config.preemption.grace_s}"
 
     def _after_a_refusal(self, group: Sequence[Watched], error: SchedulerError | OSError) -> None:
+        is_final = not is_passing(error) if isinstance(error, OSError) else is_permanent(error)
         for watched in group:
-            if isinstance(error, OSError) or is_permanent(error):
-                self._give_up(watched, str(error))
+            if is_final:
+                self._give_up(watched, told(error))
             else:
-                watched.put_off(error, self._clock())
+                watched.put_off(told(error), self._clock())

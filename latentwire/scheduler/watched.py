@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from latentwire.errors import SchedulerError
 from latentwire.monitor.alerts import Alert
 from latentwire.monitor.sinks import Sinks
 from latentwire.run.budget import committed_step
@@ -170,12 +169,12 @@ class Watched:
         except RuntimeError as error:  # no thread could be started: the other runs must be looked after all the same
             self._tell_not_sent("sinks", str(error))
 
-    def put_off(self, error: SchedulerError, now: float) -> None:
+    def put_off(self, error: str, now: float) -> None:
         """A submission failed for a reason that may pass: try again after a pause that doubles."""
         pause = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**self._num_failures)
         self._num_failures += 1
         self.retry_at = now + pause
-        self.journal.event("submission_failed", error=str(error), again_in_s=pause, **self.submitting)
+        self.journal.event("submission_failed", error=error, again_in_s=pause, **self.submitting)
 
     def begin(self, number: int, token: str, task: int | None = None) -> None:
         """Write down that the next job is about to be submitted, as a task of an array where ``task`` is given."""

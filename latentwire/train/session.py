@@ -20,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -37,6 +36,7 @@ from latentwire.preemption.deadline import Pace, deadline, step_fits
 from latentwire.preemption.handler import Preempted, PreemptionHandler
 from latentwire.run.budget import History
 from latentwire.run.directory import Attempt, Run
+from latentwire.run.disk import complain
 from latentwire.run.journal import Journal
 from latentwire.train import data as data_module
 from latentwire.train import randomness, recovery
@@ -496,7 +496,7 @@ class Session:
             manager.close()
         except CheckpointError as error:  # to be preempted is no failure: the next attempt goes on from the last commit
             unsaved = str(error)
-            print(f"latentwire: left at step {self.step} without saving it: {error}", file=sys.stderr)
+            complain(f"latentwire: left at step {self.step} without saving it: {error}")
             self.event("left_unsaved", step=self.step, error=unsaved)
         self.event(
             "left",

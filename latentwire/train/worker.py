@@ -24,6 +24,7 @@ from latentwire.errors import Fenced, LatentWireError
 from latentwire.preemption.handler import EXIT_CODE, Preempted, PreemptionHandler
 from latentwire.run.atomic import read_json, write_json
 from latentwire.run.directory import Attempt, Run
+from latentwire.run.disk import complain
 from latentwire.run.journal import Journal
 
 AGENT_PID = "LATENTWIRE_AGENT_PID"
@@ -43,7 +44,7 @@ def main() -> int:
     try:
         write_json(attempt.path / f"rank{os.environ.get('RANK', '0')}.json", verdict)
     except OSError as error:  # a full disk: the exit code and stderr must do
-        print(f"{verdict.get('error') or verdict['outcome']} (and {error})", file=sys.stderr)
+        complain(f"{verdict.get('error') or verdict['outcome']} (and {error})")
     return {"finished": 0, "preempted": EXIT_CODE}.get(verdict["outcome"], 1)
 
 
@@ -66,7 +67,7 @@ def _judge(run: Run, attempt: Attempt) -> dict[str, Any]:
     except Fenced as fenced:
         return {"outcome": "fenced", "error": str(fenced)}
     except Exception as error:  # not swallowed: told in three places, and the exit code says so
-        traceback.print_exc()
+        complain(traceback.format_exc())
         verdict = {"outcome": "failed", "cause": cause_of(error), "error": f"{type(error).__name__}: {error}"}
         return verdict | {"traceback": traceback.format_exc()}
     return {"outcome": "finished", "step": step}

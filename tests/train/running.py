@@ -32,7 +32,12 @@ SLOW_ENOUGH: dict[str, Any] = {"workload": {"options": {"pause_s": 0.05}}}
 NEVER = 10**9
 """A visit that never comes."""
 TERM, KILL, INT = signal.SIGTERM, signal.SIGKILL, signal.SIGINT
-_AGENT = "import sys; from latentwire.scheduler.job import TrainingJob; print(TrainingJob(sys.argv[1])())"
+_AGENT = """
+import sys
+sys.modules["plotly"] = None  # as if it were not installed: no report, which takes a second of each of hundreds of runs
+from latentwire.scheduler.job import TrainingJob
+print(TrainingJob(sys.argv[1])())
+"""
 
 Found = TypeVar("Found")
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from running import events
+from running import TERM, agent_of, events, make_run, wait_for_event
 
 from latentwire.checkpoint.reader import is_verified
 from latentwire.run.directory import Run
@@ -67,8 +68,48 @@ def test_a_finished_run_is_saved_on_a_full_disk(run: Run) -> None:
     assert_newest(run, 20)
 
 
-def assert_newest(run: Run, step: int) -> None:
+def test_a_notice_to_a_job_on_a_full_disk_is_a_preemption(mount_disk: Callable[[str], Path]) -> None:
+    run, outcome = preempted_on_a_full_disk(mount_disk("6m"), keep=3)
+    assert outcome == "preempted"
+    assert_newest(run, at_least=13)
+
+
+def test_it_is_one_too_where_nothing_can_be_saved_and_nobody_told(mount_disk: Callable[[str], Path]) -> None:
+    run, outcome = preempted_on_a_full_disk(mount_disk("3m"), keep=1)
+    assert outcome == "preempted"
+    assert [path.name for path in (run.path / "checkpoints").iterdir()] == ["step-00000010"]
+    (attempt,) = run.attempts()
+    assert "without saving" not in (attempt.path / "stderr.log").read_text(), "there was room for it"
+
+
+def preempted_on_a_full_disk(disk: Path, keep: int) -> tuple[Run, str]:
+    """A job that gets its notice in its 13th step: no save is under way, and not a byte is free, of its log either."""
+    checkpoint = {"interval_s": None, "interval_steps": 5, "keep": keep, "best_metric": None}
+    run = make_run(disk, train={"steps": 10_000}, checkpoint=checkpoint)
+    held = disk.with_name("hold")
+    held.write_text(str(1 + 12 * 8))
+    (run.path / "hold-step").symlink_to(held)  # to let go leaves no byte free on the disk
+    with agent_of(run) as agent:
+        wait_for_event(agent.attempt, "holding")
+        wait_for_event(agent.attempt, "save_verified", number=2)
+        log = agent.attempt.path / "stderr.log"
+        with open(log, "ab") as file:
+            file.write(b"x" * (-log.stat().st_size % 4096))
+        fill(disk / "filler")
+        agent.send(TERM)
+        held.unlink()
+        return run, agent.outcome()
+
+
+def fill(path: Path) -> None:
+    """Take all that is free."""
+    with open(path, "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
+def assert_newest(run: Run, at_least: int) -> None:
     """It is verified, and so is an older one that was left."""
     verified = [path.name for path in sorted((run.path / "checkpoints").glob("step-*")) if is_verified(path)]
-    assert verified[-1] == f"step-{step:08d}"
+    assert int(verified[-1].removeprefix("step-")) >= at_least
     assert 2 <= len(verified) <= 3
