@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from orchestrate_parts import orchestrate
 from running import TERM, agent_of, events, make_run, wait_for_event
 
 from latentwire.checkpoint.reader import is_verified
 from latentwire.run.directory import Run
+from latentwire.run.status import RunStatus, run_status
+from latentwire.scheduler.orchestrator import Orchestrator
 
 SCRIPT = """
 import contextlib, os, signal, sys
@@ -99,6 +104,30 @@ def preempted_on_a_full_disk(disk: Path, keep: int) -> tuple[Run, str]:
         agent.send(TERM)
         held.unlink()
         return run, agent.outcome()
+
+
+def test_the_orchestrator_waits_for_room(mount_disk: Callable[[str], Path], caplog: pytest.LogCaptureFixture) -> None:
+    disk = mount_disk("4m")
+    run = make_run(disk)
+    minutes = itertools.count()
+    looks: list[Sequence[RunStatus]] = []
+
+    def show(statuses: Sequence[RunStatus]) -> None:
+        looks.append(statuses)
+        if len(looks) == 3:
+            orchestrator.stop()
+
+    orchestrator = Orchestrator([run], show, clock=lambda: time.time() + 61 * next(minutes))
+    fill(disk / "filler")
+    with caplog.at_level("WARNING", "latentwire.orchestrate"):
+        orchestrator.main()
+    assert "toy: the lease was not renewed: " in caplog.text
+    assert "No space left on device; free some space there" in caplog.text
+    assert "given up" not in caplog.text
+    assert run_status(run).state != "FAILED"
+    (disk / "filler").unlink()
+    assert orchestrate(disk, "--resume", "toy", "--runs-dir", disk).returncode == 0
+    assert run_status(run).state == "DONE"
 
 
 def fill(path: Path) -> None:
