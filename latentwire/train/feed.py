@@ -68,6 +68,9 @@ class Feed(abc.ABC):
     def __init__(
         self, config: Config, ranks: Ranks, global_batch: int, micro_batch: int, collate: Collate | None
     ) -> None:
+        for size in (global_batch, micro_batch):
+            if not isinstance(size, int) or size < 1:
+                raise ConfigError(f"a batch of {size!r} samples: give a whole number, 1 or more")
         if global_batch % micro_batch:
             raise ConfigError(f"global_batch ({global_batch}) is no multiple of micro_batch ({micro_batch})")
         self.num_micro_batches = global_batch // micro_batch

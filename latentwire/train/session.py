@@ -262,8 +262,10 @@ class Session:
 
         Raises:
             Preempted: the state is on disk; let it pass.
-            RunError: nothing is tracked, or an optimizer makes steps that is not.
+            RunError: nothing is tracked, an optimizer makes steps that is not, or ``total`` is no number of steps.
         """
+        if not isinstance(total, int) or total < 0:
+            raise RunError(f"steps is {total!r}: give how many optimizer steps the run has in all, a whole number")
         if self._saving is None:
             self.restore()
         self.event("training_started", step=self.step, total_steps=total)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from latentwire import Session
-from latentwire.errors import CheckpointMismatch, RunError
+from latentwire.errors import CheckpointMismatch, ConfigError, RunError
 
 ROWS = [torch.full((2,), float(i)) for i in range(12)]
 
@@ -74,6 +74,18 @@ def test_an_optimizer_whose_state_no_checkpoint_would_hold_is_refused(tmp_path: 
 
 def test_an_optimizer_in_what_is_tracked_is_tracked(tmp_path: Path) -> None:
     assert [train(tmp_path, tracks="wrapped") for _ in range(2)] == [2, 4]
+
+
+@pytest.mark.parametrize("batch_size", [0, -4, 2.0, "4"])
+def test_a_batch_of_no_size_is_refused(tmp_path: Path, batch_size: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"a batch of {batch_size!r} samples: give a whole number"):
+        train(tmp_path, batch_size=batch_size)
+
+
+@pytest.mark.parametrize("steps", [-1, "5", 2.5])
+def test_a_number_of_steps_that_is_none_is_refused(tmp_path: Path, steps: Any) -> None:
+    with Session(tmp_path / "experiment_own") as session, pytest.raises(RunError, match=rf"steps is {steps!r}: give"):
+        next(iter(session.steps(steps)))
 
 
 @pytest.mark.parametrize(
