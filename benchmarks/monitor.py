@@ -115,8 +115,8 @@ def calls() -> list[dict[str, Any]]:
     """How long each call takes on the first GPU."""
     print("| call for | median (us) | highest (us) | in samples of 5 |\n|---|---|---|---|")
     opened = OpenedNvml(None, None, os.environ)
-    nvml, handle = opened.nvml, opened.devices[0][1]
-    gpm, xids = Gpm(nvml, handle), XidWatch(nvml, [handle])
+    nvml, (gpu, handle) = opened.nvml, opened.devices[0]
+    gpm, xids = Gpm(nvml, handle, gpu.is_mig), XidWatch(nvml, [handle])
     rows = [timed(", ".join(fields), SLOW_EVERY, lambda read=read: read(nvml, handle)) for fields, read in READINGS]
     rows += [timed(", ".join(fields), 1, lambda read=read: read(nvml, handle)) for fields, read in SLOW_READINGS]
     rows.append(timed(", ".join(GPM_FIELDS), SLOW_EVERY, lambda: gpm.read(nvml, handle)))

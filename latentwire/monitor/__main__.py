@@ -13,6 +13,7 @@ import re
 import select
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -35,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Record until told to end; exits with 2 and one line on a wrong argument."""
     parser = _make_parser()
     arguments = parser.parse_args(argv)
+    if arguments.thin_earlier and not arguments.output_dir.name.isdigit():
+        parser.error("--thin-earlier: --output-dir is no attempt's folder, such as attempts/0003; leave the option out")
     # Before the slow imports: a notice may come while they run.
     if not arguments.until_stdin_closes:
         _record(parser, arguments, end_fd=_closes_on_signal(), root_pid=None)
@@ -62,9 +65,20 @@ def _record(parser: _Parser, arguments: argparse.Namespace, end_fd: int, root_pi
         parser.error(str(error))
     except OSError as error:
         parser.error(f"cannot write to {arguments.output_dir}: {error.strerror}")
+    if arguments.thin_earlier:
+        # Beside the samples, which are the attempt's sign of life; it may end at any point, so nobody waits for it.
+        threading.Thread(target=_thin_earlier, args=(arguments.output_dir.absolute(),), daemon=True).start()
     with gpus, closing(stats):
         host = HostMonitor(arguments.output_dir, root_pid)
         Sampler(stats, host, gpus, arguments.interval, wait=partial(_wait_for_eof, end_fd)).run()
+
+
+def _thin_earlier(folder: Path) -> None:
+    from latentwire.monitor.earlier import thin_earlier
+    from latentwire.run.directory import Attempt, Run
+
+    tell = partial(print, file=sys.stderr, flush=True)
+    thin_earlier(Attempt(Run(folder.parents[1]), int(folder.name)), tell)
 
 
 def _closes_on_signal() -> int:
@@ -124,6 +138,11 @@ def _make_parser() -> _Parser:
         "--until-stdin-closes",
         action="store_true",
         help="end when standard input closes, ignoring TERM, INT, USR1 and USR2 (default: end on INT or TERM)",
+    )
+    parser.add_argument(
+        "--thin-earlier",
+        action="store_true",
+        help="thin what monitors wrote in the attempts before the one whose folder DIR is",
     )
     return parser
 

@@ -173,7 +173,7 @@ class _Device:
         self._opened = opened
         self._nvml = opened.nvml
         self._not_given = {getattr(self._nvml, name) for name in NOT_GIVEN}
-        self._gpm = Gpm(self._nvml, handle)
+        self._gpm = Gpm(self._nvml, handle, gpu.is_mig)
         self._always = (*READINGS, (GPM_FIELDS, self._gpm.read))
         self._slow: Record = {}
         self._num_reads = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from latentwire.monitor.devices import Nvml
@@ -50,15 +51,19 @@ class Gpm:
     which at one sample a second is 40 times what all of this monitor may cost.
     """
 
-    def __init__(self, nvml: Nvml, handle: Nvml) -> None:
-        """Take the first hardware sample, where the chip has such."""
+    def __init__(self, nvml: Nvml, handle: Nvml, is_mig: bool) -> None:
+        """Take the first hardware sample, where the chip has such; a slice has those of its GPU instance."""
         self._nvml = nvml
         self._samples: list[Nvml] = []
         self._has_previous = False
         try:
-            if nvml.nvmlGpmQueryDeviceSupport(handle).isSupportedDevice:
+            gpu = nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle) if is_mig else handle
+            self._take: Callable[[Nvml], object] = partial(nvml.nvmlGpmSampleGet, gpu)
+            if is_mig:  # NVML gives none for a slice's own handle
+                self._take = partial(nvml.nvmlGpmMigSampleGet, gpu, nvml.nvmlDeviceGetGpuInstanceId(handle))
+            if nvml.nvmlGpmQueryDeviceSupport(gpu).isSupportedDevice:
                 self._samples = [nvml.nvmlGpmSampleAlloc(), nvml.nvmlGpmSampleAlloc()]
-                nvml.nvmlGpmSampleGet(handle, self._samples[0])
+                self._take(self._samples[0])
                 self._has_previous = True
         except nvml.NVMLError:
             pass  # an old chip, an old driver or no permission; if the GPU is lost, the first sample says so
@@ -70,7 +75,7 @@ class Gpm:
             return (None,) * len(GPM_FIELDS)
         previous, latest = self._samples
         had_previous, self._has_previous = self._has_previous, False
-        nvml.nvmlGpmSampleGet(handle, latest)
+        self._take(latest)
         self._samples, self._has_previous = [latest, previous], True
         if not had_previous:
             return (None,) * len(GPM_FIELDS)

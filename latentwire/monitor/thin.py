@@ -1,5 +1,7 @@
 """Writing what a monitor sees, so that a month of it stays below 96 MiB a node, however many GPUs there are.
 
+Of a run's attempts before this one, ``earlier.py`` sees to that.
+
 Every sample goes to ``gpu_stats.jsonl``. When that has :data:`FULL_BYTES` it becomes ``gpu_stats.old.jsonl``, in place
 of the one before. Besides, each minute goes as one record to ``gpu_stats.thin.jsonl``, and so does each event. When
 that file has :data:`THIN_BYTES`, what lies before the samples is thinned again, to a record every 2, 4, 8.. minutes.
@@ -142,7 +144,7 @@ class StatsWriter:
         before_s = next((time_s for part in full if (time_s := first_time(part)) is not None), math.inf)
         while path.stat().st_size > self._thin_bytes // 2 and span_s < LONGEST_S:
             span_s *= 2
-            _rewrite(path, span_s, before_s)
+            rewrite(path, span_s, before_s)
         self._thin.reopen()
 
 
@@ -217,13 +219,14 @@ def _rounded(value: float) -> float:
     return round(value) if abs(value) >= 10_000 else round(value, 2)
 
 
-def _rewrite(path: Path, span_s: float, before_s: float) -> None:
+def rewrite(path: Path, span_s: float, before_s: float) -> None:
     """Replace a file of thinned records by one whose records before ``before_s`` stand for ``span_s`` each."""
     with path.open("rb") as source, replacing(path, alone=True) as target:
-        target.writelines(json.dumps(record) + "\n" for record in _folded(records_of(source), span_s, before_s))
+        target.writelines(json.dumps(record) + "\n" for record in folded(records_of(source), span_s, before_s))
 
 
-def _folded(records: Iterator[Record], span_s: float, before_s: float) -> Iterator[Record]:
+def folded(records: Iterator[Record], span_s: float, before_s: float) -> Iterator[Record]:
+    """The records, of which those before ``before_s`` are made into ones that stand for ``span_s`` each."""
     fold, time_s = Fold(), 0.0
     for record in records:
         is_sample = "event" not in record

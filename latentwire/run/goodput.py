@@ -269,8 +269,9 @@ class _Told:
 
     def _last_write_s(self, attempt: Attempt) -> float:
         """Of an attempt that ended without a word: its last one, the monitor's included."""
-        monitored = next(newest_first(attempt.path / "gpu_stats.jsonl"), {})
-        return max([self.last_life_s, time_of(monitored), *map(time_of, self._events)])
+        parts = (attempt.path / name for name in ("gpu_stats.jsonl", "gpu_stats.thin.jsonl"))  # in time the first goes
+        monitored = (record for part in parts for record in itertools.islice(newest_first(part), 1))
+        return max([self.last_life_s, *map(time_of, monitored), *map(time_of, self._events)])
 
 
 def _paint_gap(

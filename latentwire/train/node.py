@@ -108,6 +108,8 @@ class NodeProcesses:
         suffix = node_suffix(self._allocation)
         stats = ["--output-dir", str(self._attempt.path), "--file-name", f"gpu_stats{suffix}.jsonl"]
         options = ["--interval", str(self._config.monitor.interval_s), "--until-stdin-closes"]
+        if not self._allocation.node_rank:  # one process for the files of all nodes
+            options.append("--thin-earlier")
         with os.fdopen(self._log(f"monitor{suffix}.log"), "ab") as log:
             self._monitor = subprocess.Popen(
                 [sys.executable, "-m", "latentwire.monitor", *stats, *options],

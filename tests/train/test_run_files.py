@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import torch
-from running import make_run, run_agent, trained_steps
+from running import NEVER, agent_of, hold, make_run, run_agent, trained_steps, wait_for
 
 from latentwire import Session
 from latentwire.checkpoint import reader
+from latentwire.monitor import read_stats
+from latentwire.run.atomic import write_json
 from latentwire.run.curve import merged_metrics
 from latentwire.run.directory import Run
 from latentwire.run.journal import read_journal
@@ -36,6 +39,25 @@ def test_an_attempt_has_all_its_files(calm: Run) -> None:
     assert all(host["memory_total_bytes"] > 0 for host in samples)
     for rollup in ("metrics.json", "gpu_stats.json"):
         assert json.loads((calm.path / rollup).read_text())
+
+
+def test_the_monitor_thins_what_earlier_attempts_left(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    hold(run, "step", 2)
+    earlier = run.claim_attempt("0", "local")
+    write_json(earlier.path / "attempt.json", {k: v for k, v in earlier.record().items() if k != "agent"})  # it is over
+    samples, minutes = earlier.path / "gpu_stats.jsonl", earlier.path / "gpu_stats.thin.jsonl"
+    line = json.dumps({"time": 1.0, "host": {}, "gpus": [], "padding": " " * (1 << 20)}) + "\n"
+    samples.write_text(97 * line)  # more than earlier attempts may keep
+    minutes.write_text('{"time": 1.0, "host": {}, "gpus": [], "seconds": 60.0, "num_samples": 60}\n')
+    for part in (samples, minutes):
+        os.utime(part, (0, 0))
+    with agent_of(run) as agent:
+        wait_for(lambda: not samples.exists(), "the samples are removed")
+        hold(run, "step", NEVER)
+        assert agent.outcome() == "finished"
+    assert [record["num_samples"] for record in read_stats(earlier.path)] == [60]
+    assert (agent.attempt.path / "gpu_stats.jsonl").exists()
 
 
 def test_a_micro_batch_that_was_found_before_is_kept(tmp_path: Path) -> None:

@@ -191,6 +191,20 @@ def test_what_was_lost_is_done_again(run: Run) -> None:
     ]  # fmt: skip
 
 
+def test_a_monitors_last_line_counts_wherever_it_is_kept(run: Run) -> None:
+    own(run, "submitting", 0)
+    lost = trained(run, 0, 0, 10)
+    samples, minutes = lost.path / "gpu_stats.jsonl", lost.path / "gpu_stats.thin.jsonl"
+    samples.write_text(json.dumps({"time": NOW + 40, "host": {}, "gpus": []}) + "\n")
+    own(run, "submitting", 61)
+    trained(run, 80, 10, 15)
+    before = story(account(run))
+    samples.rename(minutes)  # as for an attempt of long ago
+    assert story(account(run)) == before
+    minutes.unlink()
+    assert story(account(run)) != before
+
+
 def test_twice_lost_is_twice_done_again(run: Run) -> None:
     """What stands is what the furthest attempt had reached, not the last."""
     trained(run, 0, 0, 10)

@@ -21,33 +21,38 @@ NOT_SUPPORTED = pynvml.NVML_ERROR_NOT_SUPPORTED
 LOST = pynvml.NVML_ERROR_GPU_IS_LOST
 UUIDS = ("GPU-aaaa1111", "GPU-aabb2222", "GPU-cccc3333")
 SLICES = {"MIG-1111": 71 * GIB, "MIG-2222": 18 * GIB}
+SLICE_INSTANCES = {"MIG-1111": 2, "MIG-2222": 9}
 
 
 class FakeNVML:
     """Three GPUs behind pynvml's names; constants, structures and errors are the real ones.
 
     ``failing`` maps a call's name, or (name, GPU index), to the error code that it gives. A GPU of ``sliced`` is in MIG
-    mode, with room for four slices and two of them made; a slice's handle is its UUID.
+    mode, with room for four slices and two of them made; a slice's handle is its UUID, and gives no reading of those
+    that NVML has for whole GPUs only.
     """
 
     def __init__(self, *, has_gpm: bool = True, sliced: tuple[int, ...] = ()) -> None:
         self.has_gpm = has_gpm
         self.sliced = sliced
-        self.failing: dict[str | tuple[str, int], int] = {}
+        self.failing: dict[str | tuple[str, int | str], int] = {}
         self.num_open = 0
         self.num_gpm_samples = 0
         self.num_event_sets = 0
         self.watched: list[int] = []
         self.xids: list[tuple[int, int]] = []
         self.num_calls: dict[str, int] = {}
+        self.mig_samples: list[tuple[int, int]] = []
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(pynvml, name)
         assert not (name.startswith("nvml") and callable(found)), f"{name} is not faked"
         return found
 
-    def _check(self, call: str, handle: int = -1) -> None:
+    def _check(self, call: str, handle: int | str = -1) -> None:
         self.num_calls[call] = self.num_calls.get(call, 0) + 1
+        if isinstance(handle, str):
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_INVALID_ARGUMENT)
         for key in (call, (call, handle), ("", handle)):
             if key in self.failing:
                 raise pynvml.NVMLError(self.failing[key])
@@ -104,12 +109,15 @@ class FakeNVML:
         return 612_500
 
     def nvmlDeviceGetEnforcedPowerLimit(self, handle: int) -> int:
+        self._check("nvmlDeviceGetEnforcedPowerLimit", handle)
         return 700_000
 
     def nvmlDeviceGetClockInfo(self, handle: int, clock: int) -> int:
+        self._check("nvmlDeviceGetClockInfo", handle)
         return {pynvml.NVML_CLOCK_SM: 1980}[clock]
 
     def nvmlDeviceGetCurrentClocksEventReasons(self, handle: int) -> int:
+        self._check("nvmlDeviceGetCurrentClocksEventReasons", handle)
         return pynvml.nvmlClocksEventReasonSwPowerCap | pynvml.nvmlClocksEventReasonHwThermalSlowdown | 1 << 40
 
     def nvmlDeviceGetTotalEccErrors(self, handle: int, kind: int, counter: int) -> int:
@@ -117,10 +125,12 @@ class FakeNVML:
         assert counter == pynvml.NVML_VOLATILE_ECC
         return {pynvml.NVML_MEMORY_ERROR_TYPE_CORRECTED: 3, pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED: 1}[kind]
 
-    def nvmlDeviceGetComputeRunningProcesses(self, handle: int) -> list[SimpleNamespace]:
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: int | str) -> list[SimpleNamespace]:
+        own = SimpleNamespace(pid=os.getpid(), usedGpuMemory=7 * GIB)
+        if isinstance(handle, str):
+            return [own]
         self._check("nvmlDeviceGetComputeRunningProcesses", handle)
         gone = 1 << 30  # above the highest process id that Linux gives
-        own = SimpleNamespace(pid=os.getpid(), usedGpuMemory=7 * GIB)
         return [own, SimpleNamespace(pid=gone, usedGpuMemory=None)]
 
     def nvmlEventSetCreate(self) -> Any:
@@ -158,6 +168,17 @@ class FakeNVML:
 
     def nvmlGpmSampleGet(self, handle: int, sample: Any) -> None:
         self._check("nvmlGpmSampleGet", handle)
+
+    def nvmlDeviceGetDeviceHandleFromMigDeviceHandle(self, handle: str) -> int:
+        assert handle in SLICES
+        return self.sliced[0]
+
+    def nvmlDeviceGetGpuInstanceId(self, handle: str) -> int:
+        return SLICE_INSTANCES[handle]
+
+    def nvmlGpmMigSampleGet(self, gpu: int, instance: int, sample: Any) -> None:
+        self._check("nvmlGpmMigSampleGet", gpu)
+        self.mig_samples.append((gpu, instance))
 
     def nvmlGpmMetricsGet(self, wanted: Any) -> None:
         self._check("nvmlGpmMetricsGet")
@@ -371,6 +392,30 @@ def test_a_gpu_in_mig_mode_is_its_slices() -> None:
         assert [gpu.uuid for gpu in list_gpus(nvml=nvml, environ={"CUDA_VISIBLE_DEVICES": visible})] == uuids
     nvml.failing["nvmlDeviceGetMigMode"] = NOT_SUPPORTED
     assert not any(gpu.is_mig for gpu in list_gpus(nvml=nvml, environ={}))
+
+
+def test_a_slice_gives_memory_processes_and_the_readings_of_its_gpu_instance() -> None:
+    nvml = FakeNVML(sliced=(1,))
+    with GPUMonitor(["MIG-2222"], nvml=nvml, environ={}) as monitor:
+        (record,) = monitor.sample()
+    given = {name: value for name, value in record.items() if value is not None}
+    assert given.pop("processes") == [
+        {"pid": os.getpid(), "name": Path("/proc/self/comm").read_text().strip(), "memory_bytes": 7 * GIB}
+    ]
+    assert given == {
+        "index": 1,
+        "uuid": "MIG-2222",
+        "name": "NVIDIA H200 MIG MIG-2222",
+        "memory_used_bytes": GIB,
+        "memory_total_bytes": 18 * GIB,
+        "sm_active_percent": 88.12,
+        "dram_bandwidth_percent": 41.5,
+        "pcie_tx_bytes_per_s": int(2.5 * (1 << 20)),
+        "pcie_rx_bytes_per_s": 0,
+        "nvlink_tx_bytes_per_s": 300_000 << 20,
+    }
+    assert nvml.mig_samples == [(1, 9)] * 2, "of the GPU that it lies on, by the number of its instance"
+    assert (nvml.num_open, nvml.num_gpm_samples) == (0, 0)
 
 
 def test_without_a_driver_there_are_no_gpus() -> None:
