@@ -256,8 +256,8 @@ ITEMS = (
     ),
     Item(
         "monitor-files",
-        "A month of the monitor stays below its stated size, and readers see each second of it once, also after kills",
-        _pytest("tests/unit/test_monitor_stats.py"),
+        "A month of the monitor stays below its stated size, in one attempt or in many, and readers see each second once",
+        _pytest("tests/unit/test_monitor_stats.py", "tests/unit/test_monitor_earlier.py"),
         tests_pass,
     ),
     Item(
