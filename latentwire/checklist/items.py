@@ -256,7 +256,7 @@ ITEMS = (
     ),
     Item(
         "monitor-files",
-        "A month of the monitor stays below its stated size, in one attempt or in many, and readers see each second once",
+        "A month of the monitor stays below its stated size, in one attempt or many, and readers see each second once",
         _pytest("tests/unit/test_monitor_stats.py", "tests/unit/test_monitor_earlier.py"),
         tests_pass,
     ),
