@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy
 import torch
 from torch.utils.data import default_collate
 
@@ -69,7 +70,7 @@ class Feed(abc.ABC):
         self, config: Config, ranks: Ranks, global_batch: int, micro_batch: int, collate: Collate | None
     ) -> None:
         for size in (global_batch, micro_batch):
-            if not isinstance(size, int) or size < 1:
+            if not isinstance(size, int | numpy.integer) or size < 1:
                 raise ConfigError(f"a batch of {size!r} samples: give a whole number, 1 or more")
         if global_batch % micro_batch:
             raise ConfigError(f"global_batch ({global_batch}) is no multiple of micro_batch ({micro_batch})")

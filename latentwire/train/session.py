@@ -26,6 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -108,6 +109,8 @@ class Session:
         self._feeds = Feeds(config, ranks)
         self._outlook = Outlook(attempt, config, self.event)
         self._is_looping = False
+        self._left_with: tuple[int, ...] | None = None
+        """Versions of what is tracked when the loop was left."""
         self._in_step = False
         self._told_notice = False
         self._step_started = 0.0
@@ -264,7 +267,7 @@ class Session:
             Preempted: the state is on disk; let it pass.
             RunError: nothing is tracked, an optimizer makes steps that is not, or ``total`` is no number of steps.
         """
-        if not isinstance(total, int) or total < 0:
+        if not isinstance(total, int | numpy.integer) or total < 0:
             raise RunError(f"steps is {total!r}: give how many optimizer steps the run has in all, a whole number")
         if self._saving is None:
             self.restore()
@@ -280,8 +283,8 @@ class Session:
                 self._begin_step()
                 yield self.step
                 self._end_step()
-        except GeneratorExit:
-            self._stop_here()
+        except GeneratorExit:  # by ``break``, or because an error unwinds: ``end`` is called after the first only
+            self._left_with = self._state.versions()
             raise
         finally:
             looking.remove()
@@ -298,8 +301,10 @@ class Session:
         """
         if not self._is_looping:
             return
-        self._stop_here()
-        changed = not self.saving.is_boundary_intact()
+        changed = self._left_with not in (None, self._state.versions())
+        if self._in_step and not self.saving.is_boundary_intact():  # what changed the state counts as a step
+            self._end_step()
+        self._in_step = False
         if self.ranks.highest([float(changed)])[0]:
             raise RunError(
                 f"the loop was left after step {self.step}, and what is tracked has been changed since: that step "
@@ -307,12 +312,6 @@ class Session:
             )
         self._act_at_boundary(last=True)
         self._finish()
-
-    def _stop_here(self) -> None:
-        """The loop was left, perhaps in the midst of a step: one that has changed the state counts as done."""
-        if self._in_step and not self.saving.is_boundary_intact():
-            self._end_step()
-        self._in_step = False
 
     def _finish(self) -> None:
         self.saving.finish(lambda: self._save("last"), self.safe_point)
