@@ -447,10 +447,27 @@ def parse_config(tree: Mapping[str, Any], where: str, overrides: Iterable[str] =
     """
     for override in overrides:
         tree = overridden(tree, override)
+    return with_checked_options(sections_of(tree, where), where)
+
+
+def sections_of(tree: Mapping[str, Any], where: str) -> Config:
+    """The same without a look at the workload: its options are taken as they are, and none of its code is run.
+
+    Raises:
+        ConfigError: any mistake, with the key and the nearest valid keys.
+    """
     try:
-        config = Config.model_validate(tree)
+        return Config.model_validate(tree)
     except pydantic.ValidationError as error:
         raise ConfigError(_explain(error, Config, where)) from None
+
+
+def with_checked_options(config: Config, where: str) -> Config:
+    """The config with its workload's options checked, and completed, by the ``Options`` beside the workload.
+
+    Raises:
+        ConfigError, WorkloadError: they are wrong, or the workload cannot be imported.
+    """
     model = options_model(config.workload.target)
     if model is None:
         return config

@@ -23,6 +23,7 @@ from latentwire.run.atomic import read_json, write_json
 from latentwire.run.directory import Run, create_run, list_runs, open_run, refuse_another_identity, run_of
 from latentwire.run.disk import told
 from latentwire.run.lease import Lease
+from latentwire.run.process import ProcessIdentity
 from latentwire.run.resuming import take_back_stops
 from latentwire.run.status import run_status
 from latentwire.scheduler import slurm
@@ -186,22 +187,31 @@ def _resumable(request: _Request) -> list[Run]:
     if request.names:
         runs = [open_run(name, request.runs_dir) for name in request.names]
         for run in runs:
-            if run.config().workload.target == SCRIPT:
+            if run.checked_config().workload.target == SCRIPT:
                 raise ConfigError(f"{run.name} is driven by a script of its own: start that script again")
         return runs
     runs = []
     for run in list_runs(request.runs_dir):
-        state = run_status(run).state
-        if state in ("DONE", "CANCELLED", "FAILED", "STOPPED"):
-            continue
-        if run.config().workload.target == SCRIPT:
-            print(f"{run.name}: driven by a script of its own; start that script again")
-            continue
-        if Lease(run.lease_path).holder() is not None:
-            print(f"{run.name}: another orchestrator looks after it")
-            continue
-        runs.append(run)
+        try:
+            why_not = _why_not_resumed(run)
+        except (LatentWireError, OSError) as error:  # one that is damaged does not keep the others from going on
+            why_not = told(error)
+        if why_not is None:
+            runs.append(run)
+        elif why_not:
+            print(f"{run.name}: {why_not}")
     return runs
+
+
+def _why_not_resumed(run: Run) -> str | None:
+    """None where it is to go on; an empty word where nobody would expect that."""
+    if run_status(run).state in ("DONE", "CANCELLED", "FAILED", "STOPPED"):
+        return ""
+    if run.checked_config().workload.target == SCRIPT:
+        return "driven by a script of its own; start that script again"
+    if Lease(run.lease_path).holder() is not None:
+        return "another orchestrator looks after it"
+    return None
 
 
 def _tell_plan(request: _Request) -> None:
@@ -222,7 +232,7 @@ def _outlook(run: Run, config: Config) -> str:
         return "would be made"
     if run_status(run).state == "DONE":
         return "is DONE, nothing would be started"
-    changes = differences(run.config().model_dump(mode="json"), config.model_dump(mode="json"))
+    changes = differences(run.checked_config().model_dump(mode="json"), config.model_dump(mode="json"))
     return f"exists, would go on with {', '.join(changes)}" if changes else "exists, would go on"
 
 
@@ -247,8 +257,15 @@ def _detach(request: _Request) -> None:
 
 
 def _holds_a_run(pid: int, runs_dir: Path) -> bool:
-    records = [read_json(run.lease_path) for run in list_runs(runs_dir)]
-    return any(isinstance(r, dict) and r.get("holder", {}).get("pid") == pid for r in records)
+    holders = [_holder(run) for run in list_runs(runs_dir)]
+    return any(holder is not None and holder.pid == pid for holder in holders)
+
+
+def _holder(run: Run) -> ProcessIdentity | None:
+    try:
+        return Lease(run.lease_path).holder()
+    except OSError:  # another user's run
+        return None
 
 
 def _start_log(runs_dir: Path) -> Path:

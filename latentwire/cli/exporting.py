@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from latentwire.cli import DEFAULT_RUNS_DIR
 from latentwire.cli.arguments import RunArgument, RunsDirOption, StepArgument
 from latentwire.cli.chosen import chosen
-from latentwire.cli.text import one_line, size
+from latentwire.cli.text import one_line, size, visible
 from latentwire.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -33,17 +35,16 @@ def export(
 ) -> None:
     """Write the weights of the newest checkpoint, or that of STEP, as model.safetensors; every byte is verified.
 
-    A workload that describes its models adds config.json, as the Hugging Face hub has it.
+    A workload that describes its models adds config.json, as the Hugging Face hub has it, where it can be imported.
     """
     from latentwire.checkpoint import reader, tensor_file
     from latentwire.run.directory import open_run
-    from latentwire.target import export_config
 
     opened = open_run(run, runs_dir)
     loaded = reader.load(chosen(opened, step)[-1])
     weights = _weights(loaded, ema)
     config = opened.config()
-    describe = export_config(config.workload.target)
+    describe = _describer(config.workload.target)
     if to.exists():
         raise CheckpointError(f"{to} exists: name a folder that does not")
     aside = to.with_name(f".{to.name}.export-{os.getpid()}")
@@ -61,6 +62,17 @@ def export(
         shutil.rmtree(aside, ignore_errors=True)
     total = sum(tensor.data.nbytes for tensor in weights.values())
     print(one_line(f"{loaded.path.name}: {len(weights)} tensors, {size(total)}, verified and written to {to}"))
+
+
+def _describer(target: str) -> Callable[..., Any] | None:
+    """The workload's ``export_config``, if it has one and can be imported from here."""
+    from latentwire.target import export_config
+
+    try:
+        return export_config(target)
+    except Exception as error:  # somebody else's module: whatever it raises, the weights can be written
+        print(f"latentwire: config.json is left out, which the workload writes: {visible(str(error))}", file=sys.stderr)
+        return None
 
 
 def _weights(loaded: Loaded, ema: bool) -> dict[str, HostTensor]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from latentwire.cli.gpu_use import gpu_use
 from latentwire.cli.text import GAP, NOTHING, aligned, bar, cut, duration, figure, one_line, sparkline
 from latentwire.run.directory import Run, list_runs
+from latentwire.run.disk import told
 from latentwire.run.seen import SeenRun
 from latentwire.run.status import RunStatus, status_of
 
@@ -100,7 +101,7 @@ class Fleet:
             try:
                 self._rows[run.path] = _look_at(run, before.get(run.path), now)
             except OSError as error:
-                self.unreadable.append(f"{run.name} cannot be read: {error}")
+                self.unreadable.append(f"{run.name} cannot be read: {told(error)}")
         self.runs = [seen for seen, _ in self._rows.values()]
         return [row for _, row in self._rows.values()]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,6 +10,7 @@ import typer
 
 from latentwire.cli import DEFAULT_RUNS_DIR
 from latentwire.cli.arguments import RunsDirOption
+from latentwire.cli.fleet import Fleet
 from latentwire.cli.text import NOTHING, columns, duration, figure, nothing_in, one_line
 
 if TYPE_CHECKING:
@@ -26,20 +28,25 @@ def goodput(
 
     Goodput is the time of training that stood, over the time that was allotted (all but queued and stopped).
     """
-    from latentwire.run.directory import list_runs, open_run
+    from latentwire.run.directory import open_run
     from latentwire.run.goodput import together
     from latentwire.run.seen import SeenRun
     from latentwire.run.status import account_of
 
-    runs = list_runs(runs_dir) if run is None else [open_run(run, runs_dir)]
-    ledgers = {each.name: account_of(SeenRun(each), time.time()) for each in runs}
+    now, fleet = time.time(), Fleet(runs_dir)
+    if run is None:
+        fleet.look(now)
+    runs = fleet.runs if run is None else [SeenRun(open_run(run, runs_dir))]
+    ledgers = {each.name: account_of(each, now) for each in runs}
     total = together(ledgers.values())
     if json:
         _print_json(ledgers, total)
-    elif not ledgers:
-        print(one_line(nothing_in(runs_dir)))
-    else:
+    elif ledgers:
         _print_table(ledgers, total)
+    elif not fleet.unreadable:
+        print(one_line(nothing_in(runs_dir)))
+    for trouble in fleet.unreadable:
+        print(f"latentwire: {one_line(trouble)}", file=sys.stderr)
 
 
 def _print_json(ledgers: dict[str, Ledger], total: Ledger) -> None:
@@ -70,10 +77,12 @@ def _print_table(ledgers: dict[str, Ledger], total: Ledger) -> None:
         for name, ledger in shown.items()
     ]
     print("\n".join(columns([header, *rows])))
+    from latentwire.run.telling import tell_cause
+
     causes = total.lost_by_cause()
     if causes:
         lost = [
-            [cause, duration(seconds), figure(hours) if total.gpu_hours else NOTHING]
+            [tell_cause(cause), duration(seconds), figure(hours) if total.gpu_hours else NOTHING]
             for cause, (seconds, hours) in causes.items()
         ]
         print("\n" + "\n".join(columns([("not training, due to", "time", "GPU-hours"), *lost])))

@@ -21,6 +21,7 @@ from latentwire.cli.arguments import (
 )
 from latentwire.cli.following import follow as follow_run
 from latentwire.cli.text import visible
+from latentwire.run.atomic import open_to_read
 
 if TYPE_CHECKING:
     from latentwire.run.directory import Attempt
@@ -68,7 +69,7 @@ class _Log:
     def copy_new(self) -> bool:
         start = self._offset
         try:
-            with open(self.path, "rb") as file:
+            with open_to_read(self.path) as file:
                 file.seek(start)
                 while block := file.read(_BLOCK_BYTES):
                     self._write(block)
@@ -100,7 +101,7 @@ def _writer() -> Callable[[bytes], object]:
 def _offset_of_last(path: Path, lines: int) -> int:
     """Where the last ``lines`` lines of a file begin; reads backwards, so that a long log costs no more."""
     try:
-        with open(path, "rb") as file:
+        with open_to_read(path) as file:
             position = file.seek(0, os.SEEK_END)
             if lines == 0:
                 return position

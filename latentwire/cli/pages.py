@@ -17,6 +17,7 @@ from latentwire.cli.gpu_use import mean_use, recent_samples
 from latentwire.cli.status import facts
 from latentwire.cli.text import NOTHING, aligned, bar, cut, figure, one_line, size, sparkline
 from latentwire.run.directory import Run
+from latentwire.run.disk import told
 from latentwire.run.figures import number
 from latentwire.run.journal import newest_first, time_of
 from latentwire.run.seen import SeenRun
@@ -64,7 +65,7 @@ class RunPage:
         try:
             return self._draw(now, width, height)
         except OSError as error:
-            return _head(one_line(f"{self._run.name} cannot be read: {error}"), now, width)
+            return _head(one_line(f"{self._run.name} cannot be read: {told(error)}"), now, width)
 
     def _draw(self, now: float, width: int, height: int) -> Text:
         if not self._run.path.is_dir():

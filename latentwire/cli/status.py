@@ -168,20 +168,21 @@ def _orchestrator(run: Run, state: str) -> str:
 
 def _attempt_row(attempt: Attempt, running: bool, now: float) -> tuple[str, ...]:
     from latentwire.run.budget import verdict_of
+    from latentwire.run.journal import time_of
+    from latentwire.run.telling import tell_end
 
     record, ended = attempt.record(), attempt.ended()
-    claimed = record.get("claimed")
+    claimed = attempt.claimed()
     last = attempt.last_step()
-    until = now if running else (ended or last).get("time")  # of one that was lost, its last step's
-    ran = until - claimed if isinstance(claimed, float) and isinstance(until, float) else None
+    until = now if running else time_of(ended or last)  # of one that was lost, its last step's
+    ran = until - claimed if claimed and until else None
     verdict = verdict_of(attempt)
-    cause = f" ({verdict.cause})" if verdict.cause else ""
     return (
         str(attempt.number),
         str(record.get("job_id", NOTHING)),
-        ago(claimed if isinstance(claimed, float) else None, now),
+        ago(claimed or None, now),
         duration(ran),
-        "running" if running else f"{verdict.outcome}{cause}",
+        "running" if running else tell_end(verdict.outcome, verdict.cause),
         NOTHING if running else figure(last.get("step") if verdict.step is None else verdict.step),
         "" if running else (verdict.error or ""),
     )

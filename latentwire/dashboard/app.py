@@ -19,6 +19,7 @@ from starlette.staticfiles import StaticFiles
 from latentwire.dashboard.live import Live
 from latentwire.errors import LatentWireError, RunNotFound
 from latentwire.run.directory import Run, list_runs
+from latentwire.run.disk import told
 from latentwire.run.prometheus import CONTENT_TYPE, Scrape, exposition
 from latentwire.scheduler.control import cancel_run, save_run, signal_run
 from latentwire.views.fleet_page import FleetPage
@@ -85,7 +86,7 @@ class Dashboard:
         found = await self._find(request)
         live = self._runs.pop(found.name, None)
         if live is None:
-            live = Live(RunPage(found), "sections", _LOOK_S, {"actions": self._allow_actions})
+            live = Live(_page_of(found), "sections", _LOOK_S, {"actions": self._allow_actions})
         self._runs[found.name] = live  # the newest last
         for name in list(self._runs)[:-_MOST_RUNS_KEPT]:
             del self._runs[name]  # who looks at it goes on doing so
@@ -140,6 +141,13 @@ async def plotly(request: Request) -> Response:
     """The script of the installed plotly, which a browser asks for once."""
     with importlib.resources.as_file(importlib.resources.files("plotly.package_data") / "plotly.min.js") as path:
         return FileResponse(path, headers=_FOREVER)
+
+
+def _page_of(run: Run) -> RunPage:
+    try:
+        return RunPage(run)
+    except OSError as error:  # another user's
+        raise HTTPException(409, told(error)) from None
 
 
 def _page(*scripts: str, before: str = "") -> Response:

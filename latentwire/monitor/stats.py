@@ -16,6 +16,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from latentwire.run.atomic import open_to_read
 from latentwire.run.figures import number
 from latentwire.run.journal import time_of
 
@@ -132,7 +133,7 @@ class StatsFollower:
         """New whole records, as they are in the file. Does not block; ``[]`` where there is no file."""
         with ExitStack() as stack:
             try:
-                file = stack.enter_context(self.path.open("rb"))
+                file = stack.enter_context(open_to_read(self.path))
             except OSError:
                 return []
             stat = os.fstat(file.fileno())
@@ -143,7 +144,7 @@ class StatsFollower:
             return records + self._go_on(file)
 
     def _rest_of_old(self) -> list[Record]:
-        with suppress(OSError), old_part(self.path).open("rb") as file:
+        with suppress(OSError), open_to_read(old_part(self.path)) as file:
             if os.fstat(file.fileno()).st_ino == self._inode:
                 return self._go_on(file)
         return []
@@ -180,13 +181,13 @@ def _open_parts(path: Path, stack: ExitStack) -> tuple[list[BinaryIO], list[Bina
         before = []
     thin = _open(thin_part(path), stack)
     if not (thin or before or newest):
-        path.open("rb").close()  # raises what the trouble is
+        open_to_read(path).close()  # raises what the trouble is
     return thin, before + newest
 
 
 def _open(path: Path, stack: ExitStack) -> list[BinaryIO]:
     try:
-        return [stack.enter_context(path.open("rb"))]
+        return [stack.enter_context(open_to_read(path))]
     except OSError:
         return []
 
@@ -202,7 +203,7 @@ def records_of(file: BinaryIO) -> Iterator[Record]:
 
 def first_time(path: Path) -> float | None:
     """When a part begins; None where there is none."""
-    with suppress(OSError), path.open("rb") as file:
+    with suppress(OSError), open_to_read(path) as file:
         return next((float(record["time"]) for record in records_of(file)), None)
     return None
 

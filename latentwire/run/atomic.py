@@ -1,15 +1,16 @@
-"""Small files that a reader sees whole or not at all."""
+"""Small files that a reader sees whole or not at all, and how any file of a run is opened."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import stat
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from latentwire.run.disk import naming
 
@@ -25,7 +26,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace ``path`` by ``text``, whole or not at all, durably."""
-    with naming(path), replacing(path) as file:
+    with replacing(path) as file:
         file.write(text)
     fsync_directory(path.parent)
 
@@ -42,12 +43,13 @@ def replacing(path: Path, fsync: bool = True, alone: bool = False) -> Iterator[T
     """
     aside = path.with_name(f".{path.name}" if alone else f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        with open(aside, "w" if alone else "x", encoding="utf-8") as file:
-            yield file
-            file.flush()
-            if fsync:
-                os.fsync(file.fileno())
-        os.replace(aside, path)
+        with naming(path):
+            with open(aside, "w" if alone else "x", encoding="utf-8") as file:
+                yield file
+                file.flush()
+                if fsync:
+                    os.fsync(file.fileno())
+            os.replace(aside, path)
     except BaseException:
         with suppress(OSError):  # the first error says more
             aside.unlink(missing_ok=True)
@@ -66,11 +68,29 @@ def json_safe(value: Any) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """The value in ``path``, or None where the file is missing or is not JSON (a reader never trips over a writer)."""
+    """The value in ``path``, or None where the file is missing or is not JSON (a reader never trips over a writer).
+
+    Raises:
+        OSError: it is there and cannot be read.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
+        with open_to_read(path) as file:
+            return json.loads(file.read().decode())
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):  # not UTF-8, not JSON, endless brackets
         return None
+
+
+def open_to_read(path: Path) -> BinaryIO:
+    """Open a run's file. Does not block: in its place may stand a FIFO, which would wait for a writer for ever.
+
+    Raises:
+        OSError: it cannot be opened, or is no regular file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(f"{path} is no regular file: remove it, or put the file back that belongs there")
+    return os.fdopen(descriptor, "rb")
 
 
 def make_directory(path: Path) -> None:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 from latentwire.run.atomic import read_json
 from latentwire.run.directory import Attempt, Run
+from latentwire.run.figures import whole
 from latentwire.run.journal import read_journal, time_of
+from latentwire.run.telling import tell_cause
 
 if TYPE_CHECKING:
     from latentwire.config import RetrySection
@@ -69,7 +71,8 @@ def verdict_of(attempt: Attempt) -> Verdict:
     record = attempt.ended()
     if record is None:
         return Verdict("lost", error="it ended without a word (SIGKILL, node failure or the like)")
-    return Verdict(str(record.get("outcome")), record.get("cause"), record.get("step"), record.get("error"))
+    cause = str(record["cause"]) if record.get("cause") else None
+    return Verdict(str(record.get("outcome")), cause, record.get("step"), record.get("error"))
 
 
 def committed_step(attempt: Attempt) -> int:
@@ -98,7 +101,7 @@ def _ran_out_of_memory(run: Run) -> list[Attempt]:
 
 def _in_flight(attempt: Attempt) -> int:
     placement = read_json(attempt.path / "placement.json")
-    return int(placement.get("in_flight", 1)) if isinstance(placement, dict) else 1
+    return whole(placement.get("in_flight"), 1) if isinstance(placement, dict) else 1
 
 
 def next_move(run: Run, retry: RetrySection) -> Move:
@@ -123,7 +126,7 @@ def next_move(run: Run, retry: RetrySection) -> Move:
 def _resumed_after(run: Run) -> int:
     """The attempt after which a person last started the run again."""
     records = read_journal(run.orchestrator_events)
-    return max((int(r["after_attempt"]) for r in records if r.get("event") == "resumed"), default=0)
+    return max((whole(r.get("after_attempt"), 0) for r in records if r.get("event") == "resumed"), default=0)
 
 
 def _budget_of(verdict: Verdict) -> str:
@@ -141,8 +144,8 @@ def _move(verdict: Verdict, counts: collections.Counter[str], retry: RetrySectio
     if budget == "user":
         return Move(False, 0.0, f"would fail again: {verdict.error}")
     allowed = {"oom": retry.oom, "network": retry.network, "lost": retry.lost}.get(budget, retry.other)
-    used = counts[budget]
+    used, words = counts[budget], tell_cause(budget)
     if used > allowed:
-        return Move(False, 0.0, f"{used} times {budget} without a step gained, {allowed} allowed: {verdict.error}")
+        return Move(False, 0.0, f"{words} {used} times without a step gained, {allowed} allowed: {verdict.error}")
     pause = min(_LONGEST_PAUSE_S, retry.network_backoff_s * 2 ** (used - 1)) if budget == "network" else 0.0
-    return Move(True, pause, f"{budget}, {used} of {allowed}: {verdict.error}")
+    return Move(True, pause, f"{words}, {used} of {allowed}: {verdict.error}")

@@ -15,7 +15,7 @@ from latentwire.run.directory import Attempt
 from latentwire.run.goodput import Ledger, Span
 from latentwire.run.journal import time_of
 from latentwire.run.seen import SeenRun
-from latentwire.run.telling import tell
+from latentwire.run.telling import tell, tell_cause
 
 _WORK = ("training", "redoing")
 _WITHIN_WORK = ("saving", "evaluating")
@@ -128,7 +128,7 @@ class _Stretch:
             return ", ".join([steps.done(self.attempt, self.kind), *self._besides(within)])
         if within:
             return "; ".join(filter(None, map(tell, within))) or "warm-up"
-        return self.spans[0].cause if self.kind in ("queued", "failed", "stopped") else ""
+        return tell_cause(self.spans[0].cause) if self.kind in ("queued", "failed", "stopped") else ""
 
     def _besides(self, within: Sequence[dict[str, Any]]) -> Iterator[str]:
         for event, kind, one, many in (

@@ -41,7 +41,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentwire.errors import Fenced, RunConflict, RunError, RunNotFound
-from latentwire.run.atomic import fsync_directory, make_directory, read_json, write_json, write_text
+from latentwire.run.atomic import fsync_directory, make_directory, open_to_read, read_json, write_json, write_text
+from latentwire.run.figures import number
 from latentwire.run.journal import newest_first, read_journal, time_of
 from latentwire.run.process import ProcessIdentity
 
@@ -51,7 +52,11 @@ if TYPE_CHECKING:
     from latentwire.config import Config
 
 PREFIX = "experiment_"
+REWRITE = "submit the run's config again to write it anew"
+"""The cure for a config.yaml that is damaged or lost."""
 _RECENT_STEPS = 20
+_PARTS = {"config.yaml", "attempts", "checkpoints"}
+"""What is in no other folder."""
 _ATTEMPT = re.compile(r"\d{4,}")
 
 Mark = tuple[int, int] | None
@@ -73,6 +78,11 @@ class Run:
     def checkpoints(self) -> Path:
         """The folder of the checkpoints."""
         return self.path / "checkpoints"
+
+    @property
+    def config_path(self) -> Path:
+        """Its resolved config."""
+        return self.path / "config.yaml"
 
     @property
     def cancel_path(self) -> Path:
@@ -98,25 +108,38 @@ class Run:
         return self.cancel_path.exists()
 
     def config(self) -> Config:
-        """The run's resolved config.
+        """The run's resolved config, as it was written when the run was made. Reads the file and nothing else.
 
         Raises:
             ConfigError, RunError: it is missing or was damaged.
         """
         import yaml  # with pydantic it takes longer than all of `latentwire status`, which needs neither
 
-        from latentwire.config import parse_config
+        from latentwire.config import sections_of
 
-        path = self.path / "config.yaml"
         try:
-            tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+            with open_to_read(self.config_path) as file:
+                tree = yaml.safe_load(file.read().decode())
         except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
-            raise RunError(f"{path} cannot be read ({error}); submit the run's config again to write it anew") from None
-        return parse_config(tree, where=str(path))
+            raise RunError(f"{self.config_path} cannot be read ({error}); {REWRITE}") from None
+        return sections_of(tree, where=str(self.config_path))
+
+    def checked_config(self) -> Config:
+        """The same for whoever trains it or changes it: the workload is imported, to check its options once more.
+
+        Raises:
+            ConfigError, RunError, WorkloadError: it is missing or was damaged, or the workload does not take it.
+        """
+        from latentwire.config import with_checked_options
+
+        return with_checked_options(self.config(), where=str(self.config_path))
 
     def mark(self) -> Mark:
-        """Another one once the run was removed and made again under its name, or a setting was changed. Readers ask."""
-        return _mark(self.path / "config.yaml")
+        """Another one once the run was removed and made again under its name, or a setting was changed. Readers ask.
+
+        None: it has lost its config.
+        """
+        return _mark(self.config_path)
 
     def attempts(self) -> list[Attempt]:
         """All attempts, oldest first."""
@@ -228,6 +251,10 @@ class Attempt:
         record = read_json(self.path / "attempt.json")
         return record if isinstance(record, dict) else {}
 
+    def claimed(self) -> float:
+        """When, unix seconds; 0 where its record has no time that a calendar knows."""
+        return time_of({"time": self.record().get("claimed")})
+
     def mark(self) -> Mark:
         """Another one once the attempt was removed and claimed again under its number."""
         return _mark(self.path / "attempt.json")
@@ -274,7 +301,7 @@ class Attempt:
     def grace_s(self) -> float | None:
         """What the scheduler gives at preemption, where that is known."""
         record = read_json(self.path / "grace.json")
-        return float(record["seconds"]) if isinstance(record, dict) and "seconds" in record else None
+        return number(record.get("seconds")) if isinstance(record, dict) else None
 
     def set_end(self, unix_s: float) -> None:
         """Write down when the scheduler means to end the job. Called by an agent after a notice; all write the same."""
@@ -283,7 +310,7 @@ class Attempt:
     def end_unix_s(self) -> float | None:
         """When the scheduler means to end the job, where that is known."""
         record = read_json(self.path / "deadline.json")
-        return float(record["unix_s"]) if isinstance(record, dict) and "unix_s" in record else None
+        return number(record.get("unix_s")) if isinstance(record, dict) else None
 
     def mark_restoring(self, checkpoint: str) -> None:
         """Say which checkpoint is about to be loaded. A mark that is never taken back means: died of it."""
@@ -366,20 +393,33 @@ def open_run(name_or_path: str, runs_dir: Path) -> Run:
         RunNotFound: there is none; names those that there are.
     """
     for path in (Path(name_or_path), runs_dir / name_or_path, runs_dir / f"{PREFIX}{name_or_path}"):
-        if (path / "config.yaml").is_file():
+        if _is_run(path):
             return Run(path.absolute())
     names = ", ".join(run.name for run in list_runs(runs_dir))
     raise RunNotFound(f"there is no run {name_or_path!r} in {runs_dir.absolute()}; it has: {names or 'none yet'}")
 
 
 def list_runs(runs_dir: Path) -> list[Run]:
-    """All runs in a folder, by name."""
+    """All runs in a folder, by name: also those that have lost their config.yaml, or that we may not look into."""
     try:
         names = sorted(n for n in os.listdir(runs_dir) if n.startswith(PREFIX))
     except (FileNotFoundError, NotADirectoryError):
         return []
     folder = runs_dir.absolute()
-    return [Run(folder / n) for n in names if os.path.isfile(os.path.join(folder, n, "config.yaml"))]
+    return [Run(folder / n) for n in names if _is_run(folder / n)]
+
+
+def _is_run(path: Path) -> bool:
+    if os.path.isfile(os.path.join(path, "config.yaml")):
+        return True
+    if not path.name.startswith(PREFIX):
+        return False
+    try:
+        return not _PARTS.isdisjoint(os.listdir(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:  # another user's: nobody can tell, and whoever reads it is told why
+        return True
 
 
 def create_run(config: Config, runs_dir: Path) -> Run:
@@ -394,9 +434,9 @@ def create_run(config: Config, runs_dir: Path) -> Run:
     run = run_of(config, runs_dir)
     try:
         make_directory(run.path)
-        if refuse_another_identity(run, config) and run.config() == config:
+        if refuse_another_identity(run, config) and run.checked_config() == config:
             return run
-        write_text(run.path / "config.yaml", config.to_yaml())
+        write_text(run.config_path, config.to_yaml())
     except OSError as error:
         raise RunError(f"cannot write {run.path} ({error.strerror}): put the runs where you may write") from error
     return run
@@ -415,9 +455,9 @@ def refuse_another_identity(run: Run, config: Config) -> bool:
     """
     from latentwire.tree import differences
 
-    if not (run.path / "config.yaml").exists():
+    if not run.config_path.exists():
         return False
-    changed = differences(run.config().identity(), config.identity())
+    changed = differences(run.checked_config().identity(), config.identity())
     if changed:
         raise RunConflict(
             f"{run.path} was made by another config:\n  "

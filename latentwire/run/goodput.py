@@ -343,7 +343,7 @@ def _gpus_placed(attempt: Attempt) -> int:
 
 
 def _claimed(attempt: Attempt) -> float:
-    return number(attempt.record().get("claimed")) or min(map(time_of, attempt.events()), default=0.0)
+    return attempt.claimed() or min(map(time_of, attempt.events()), default=0.0)
 
 
 def _ms(seconds: float) -> int:

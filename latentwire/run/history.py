@@ -29,12 +29,12 @@ def costs_of(run: Run, ledger: Ledger) -> Costs:
     """
     events = _rank_events(run)
     firsts_s, others_s = _step_times(run)
-    if not others_s:
-        raise RunError(f"{run.name} has made {len(firsts_s)} steps: too few to tell what a step takes")
-    first_step_s = max(0.0, statistics.fmean(firsts_s) - statistics.fmean(others_s))
-    num_steps = len(firsts_s) + len(others_s)
     trained = [span for span in ledger.spans if span.kind in (PRODUCTIVE, "redoing")]
     began = {span.attempt for span in trained}
+    if not (others_s and began):
+        raise RunError(f"{run.name} has made {len(firsts_s) + len(others_s)} steps: too few to tell what a step takes")
+    first_step_s = max(0.0, statistics.fmean(firsts_s) - statistics.fmean(others_s))
+    num_steps = len(firsts_s) + len(others_s)
     starts = [span for span in ledger.spans if span.kind in _START and span.attempt in began]
     in_background = [e for e in events["save_staged"] if e.get("reason") not in _TRAINING_WAITS]
     commit_s = _mean(events["save_committed"])

@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from latentwire.run.atomic import json_safe
+from latentwire.run.atomic import json_safe, open_to_read
 from latentwire.run.figures import number
 
 _TAIL_BYTES = 64 * 1024
@@ -133,7 +133,7 @@ def _encode(fields: dict[str, Any]) -> str:
 def read_journal(path: Path) -> Iterator[dict[str, Any]]:
     """All whole records of a file in order; a missing file has none, half-written or foreign lines are skipped."""
     try:
-        with open(path, "rb") as file:
+        with open_to_read(path) as file:
             for line in file:
                 record = parse_line(line)
                 if record is not None:
@@ -153,7 +153,7 @@ def time_of(record: Mapping[str, Any]) -> float:
 def newest_first(path: Path) -> Iterator[dict[str, Any]]:
     """The whole records in the end of a file, the last one first; a missing file has none."""
     try:
-        with open(path, "rb") as file:
+        with open_to_read(path) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - _TAIL_BYTES))
             lines = file.read().splitlines(keepends=True)
@@ -186,7 +186,7 @@ class Follower:
     def read_lines(self, most_bytes: int = -1) -> bytes:
         """New whole lines as they are, of so many bytes at most; nothing where there are none. Does not block."""
         try:
-            with open(self.path, "rb") as file:
+            with open_to_read(self.path) as file:
                 stat = os.fstat(file.fileno())
                 if stat.st_ino != self._inode or stat.st_size < self._offset:  # a new file may get the inode of an old
                     self._inode, self._offset = stat.st_ino, 0

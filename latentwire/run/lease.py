@@ -14,6 +14,7 @@ from typing import Any
 from latentwire.errors import RunBusy
 from latentwire.run.atomic import read_json, write_json
 from latentwire.run.directory import PREFIX
+from latentwire.run.figures import number
 from latentwire.run.process import ProcessIdentity
 
 STALE_AFTER_S = 180.0
@@ -97,7 +98,7 @@ class Lease:
             return None  # it was on this node or another
         alive = holder.is_alive()
         if alive is None:
-            alive = self._clock() - float(record.get("renewed", 0)) < STALE_AFTER_S
+            alive = self._clock() - (number(record.get("renewed")) or 0.0) < STALE_AFTER_S
         return holder if alive else None
 
     def how_to_stop(self) -> str:

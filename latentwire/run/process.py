@@ -8,6 +8,10 @@ import signal
 import socket
 from typing import Any
 
+from latentwire.run.figures import number, whole
+
+_HIGHEST_PID = 2**22  # of any Linux
+
 
 def node_name() -> str:
     """This node: its name in Slurm inside a job, which need not be its host name; else the host name."""
@@ -21,6 +25,9 @@ class ProcessIdentity:
     host: str
     pid: int
     started: float
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
 
     @classmethod
     def of(cls, pid: int | None = None) -> ProcessIdentity:
@@ -40,10 +47,12 @@ class ProcessIdentity:
     @classmethod
     def from_json(cls, value: Any) -> ProcessIdentity | None:
         """Read what ``dataclasses.asdict`` wrote; None for anything else."""
-        try:
-            return cls(str(value["host"]), int(value["pid"]), float(value["started"]))
-        except (TypeError, KeyError, ValueError):
+        if not isinstance(value, dict):
             return None
+        host, pid, started = value.get("host"), whole(value.get("pid"), 0), number(value.get("started"))
+        if not isinstance(host, str) or not 0 < pid <= _HIGHEST_PID or started is None:
+            return None
+        return cls(host, pid, float(started))
 
     def is_alive(self) -> bool | None:
         """True or False on its own node; None on any other and outside of its job, where nobody can tell."""

@@ -43,13 +43,17 @@ class SeenRun(Run):
 
     def _look_for_another(self) -> None:
         """Forget what was seen of a run, or of attempts, that are no longer those that were seen."""
-        known, mark = self._marks, self.mark()
+        known, mark = self._marks, super().mark()
         if mark != self._mark:
             known, self._mark = {}, mark
             self._follower, self._own_events = Follower(self.orchestrator_events), []
         self._marks = {each.number: each.mark() for each in super().attempts()}
         same = {number for number, mark in self._marks.items() if number in known and known[number] == mark}
         self._attempts = {n: self._attempts[n] if n in same else SeenAttempt(self, n) for n in self._marks}
+
+    def mark(self) -> Mark:
+        """As of the last look."""
+        return self._mark
 
     def attempts(self) -> list[Attempt]:
         """As of the last look."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from latentwire.run.budget import verdict_of
-from latentwire.run.directory import Attempt, Run
+from latentwire.run.directory import REWRITE, Attempt, Run
 from latentwire.run.figures import number, whole
 from latentwire.run.goodput import Ledger, ledger_of, was_submitted
 from latentwire.run.journal import time_of
@@ -98,6 +98,8 @@ def status_of(run: SeenRun, now: float) -> RunStatus:
         reason = verdicts[-1].error
     if reason is None and not alive and state != "DONE" and _has_lost_checkpoints(run, facts):
         reason = f"step {facts.committed_step} was committed, and {run.checkpoints} holds no checkpoint any more"
+    if run.mark() is None:
+        reason = "; ".join(filter(None, (f"{run.config_path} is missing: {REWRITE}", reason)))
     forecast = facts.forecast if alive else {}
     return RunStatus(
         name=run.name,
@@ -142,7 +144,7 @@ def is_alive(attempt: Attempt, now: float) -> bool:
     alive = agent.is_alive() if agent is not None else False
     if alive is not None:
         return alive
-    writes = [number(attempt.record().get("claimed")) or 0.0]
+    writes = [attempt.claimed()]
     for name in ("gpu_stats.jsonl", "metrics.jsonl"):
         with contextlib.suppress(OSError):
             writes.append(os.stat(attempt.path / name).st_mtime)

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from latentwire.run.figures import number
+
 Event = Mapping[str, Any]
+
+_CAUSES = {
+    "oom": "out of memory",
+    "network": "network failure",
+    "user": "error that would recur",
+    "other": "unexpected error",
+}
+"""Those that are no words for people. Files and ``--json`` have the keys."""
 
 _WORDS: dict[str, Callable[[Event], str | None]] = {
     "submitted": lambda e: (
@@ -89,7 +99,7 @@ _WORDS: dict[str, Callable[[Event], str | None]] = {
     "training_finished": lambda e: f"finished at step {e.get('step')}, weights {str(e.get('weights_sha256'))[:16]}",
     "attempt_ended": lambda e: (
         "attempt ended: "
-        + " ".join(str(e[k]) for k in ("outcome", "cause") if e.get(k))
+        + tell_end(str(e.get("outcome", "")), e.get("cause"))
         + (f" at step {e['step']}" if e.get("step") is not None else "")
         + (f": {e['error']}" if e.get("error") else "")
     ),
@@ -103,6 +113,16 @@ def tell(event: Event) -> str | None:
         return words(event) if words is not None else None
     except (TypeError, ValueError, KeyError, AttributeError):  # somebody else's line, or one that was damaged
         return f"{event.get('event')}: cannot be read"
+
+
+def tell_cause(cause: str) -> str:
+    """Why an attempt failed, or what time was lost to."""
+    return _CAUSES.get(cause, cause)
+
+
+def tell_end(outcome: str, cause: str | None) -> str:
+    """How an attempt ended: ``failed (out of memory)``."""
+    return f"{outcome} ({tell_cause(cause)})" if cause else outcome
 
 
 def tell_hang(event: Event) -> str:
@@ -125,4 +145,5 @@ def _seconds(event: Event) -> str:
 
 
 def _figure(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, int | float) else str(value)
+    known = number(value)
+    return str(value) if known is None else f"{known:.3g}"

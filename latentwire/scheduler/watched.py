@@ -48,7 +48,7 @@ class Watched:
         self.run = run
         self.lease = Lease(run.lease_path)
         self.lease.acquire()
-        self.config = run.config()
+        self.config = run.checked_config()
         self.journal = Journal(run.orchestrator_events)
         self._sinks = Sinks(self.config.alerts, run, self._tell_not_sent)
         self.done = False

@@ -55,7 +55,7 @@ class Agent:
     def __init__(self, run: Run, allocation: Allocation) -> None:
         self.run = run
         self.allocation = allocation
-        self.config = run.config()
+        self.config = run.checked_config()
         self.handler = PreemptionHandler(self.config.preemption.save_signal)
         self.attempt: Attempt | None = None
         """The newest that this agent claimed."""

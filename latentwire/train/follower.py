@@ -42,7 +42,7 @@ class Follower:
     def __init__(self, run: Run, allocation: Allocation) -> None:
         self.run = run
         self.allocation = allocation
-        self.config = run.config()
+        self.config = run.checked_config()
         self.handler = PreemptionHandler(self.config.preemption.save_signal)
 
     def main(self) -> str:

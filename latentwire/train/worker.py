@@ -58,7 +58,7 @@ def die_with_the_agent(agent_pid: int) -> None:
 def _judge(run: Run, attempt: Attempt) -> dict[str, Any]:
     """Train; say how it ended. An error is printed whole here and goes on to the agent as a verdict."""
     try:
-        config = run.config()
+        config = run.checked_config()
         handler = PreemptionHandler(config.preemption.save_signal)
         handler.install()  # for good: a signal must not kill a rank that is about to say how it ended
         step = _train(run, attempt, config, handler)

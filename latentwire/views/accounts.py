@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from latentwire.run.goodput import KINDS, Ledger, Span
+from latentwire.run.telling import tell_cause
 
 MAX_STRETCHES = 400
 
@@ -81,7 +82,7 @@ class _Stretch:
             "begin": self.begin_ms,
             "end": self.end_ms,
             "attempt": self.attempt,
-            "cause": self._causes[self.kind],
+            "cause": tell_cause(self._causes[self.kind]),
             "mixed": len(self._ms_of) > 1,
         }
 
@@ -94,5 +95,5 @@ def goodput(ledger: Ledger) -> dict[str, Any]:
         "allotted_s": ledger.allotted_s,
         "gpu_hours": ledger.gpu_hours,
         "seconds": [[kind, ledger.seconds_of(kind)] for kind in KINDS if ledger.seconds_of(kind)],
-        "lost": [[cause, seconds, hours] for cause, (seconds, hours) in ledger.lost_by_cause().items()],
+        "lost": [[tell_cause(cause), seconds, hours] for cause, (seconds, hours) in ledger.lost_by_cause().items()],
     }

@@ -8,6 +8,7 @@ import os
 from array import array
 from typing import Any
 
+from latentwire.run.atomic import open_to_read
 from latentwire.run.curve import Columns, Table
 from latentwire.run.directory import Attempt, Run
 from latentwire.run.journal import parse_line
@@ -102,7 +103,7 @@ def sampled_lines(run: Run, number: int) -> list[dict[str, Any]]:
 
 def _lines_at(attempt: Attempt, offsets: list[int]) -> list[dict[str, Any]]:
     lines = []
-    with contextlib.suppress(FileNotFoundError), open(attempt.metrics_path, "rb") as file:
+    with contextlib.suppress(FileNotFoundError), open_to_read(attempt.metrics_path) as file:
         for offset in offsets:
             file.seek(offset)
             if offset:

@@ -13,6 +13,7 @@ from typing import Any
 
 from latentwire.monitor.figures import gpus_of
 from latentwire.run.directory import Run, list_runs
+from latentwire.run.disk import told
 from latentwire.run.journal import newest_first
 from latentwire.run.seen import SeenRun
 from latentwire.run.status import status_of
@@ -75,8 +76,12 @@ class FleetPage:
     def _look(self, run: Run) -> Row:
         now = self._clock()
         before = self._looks.get(run.name, _NEVER)
-        stamp = _stamp(run)
         row = self._rows[run.name]
+        try:
+            stamp = _stamp(run)
+        except OSError as error:
+            self._looks[run.name] = dataclasses.replace(before, at=time.monotonic())
+            return {"name": run.name, "state": "UNREADABLE", "reason": told(error)}
         is_running = row.get("phase") is not None
         if before.stamp == stamp and not (is_running and now - before.read_at > _SILENT_CHANGES_EVERY_S):
             self._looks[run.name] = dataclasses.replace(before, at=time.monotonic())
@@ -94,7 +99,7 @@ class FleetPage:
             return row
         except Exception as error:  # whatever one run's files hold, the others are shown
             log.exception("%s cannot be read", run.path)
-            return {"name": run.name, "state": "UNREADABLE", "reason": f"{type(error).__name__}: {error}"}
+            return {"name": run.name, "state": "UNREADABLE", "reason": _in_words(error)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +110,10 @@ class _Look:
 
 
 _NEVER = _Look(None, 0.0, 0.0)
+
+
+def _in_words(error: Exception) -> str:
+    return told(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
 
 
 def _row(run: SeenRun, now: float) -> Row:

@@ -13,6 +13,7 @@ from latentwire.run.goodput import ledger_of
 from latentwire.run.journal import time_of
 from latentwire.run.seen import SeenRun
 from latentwire.run.status import is_running, status_of
+from latentwire.run.telling import tell_cause
 from latentwire.views.accounts import goodput, timeline
 from latentwire.views.checkpoints import CheckpointsView
 from latentwire.views.curve import CurveView
@@ -124,7 +125,7 @@ def _attempt(attempt: Attempt, spans: list[dict[str, Any]], alive: bool) -> dict
         "end": own[-1]["end"] if own else None,
         "step": attempt.last_step().get("step"),
         "outcome": verdict.outcome,
-        "cause": verdict.cause,
+        "cause": tell_cause(verdict.cause) if verdict.cause else None,
         "error": verdict.error,
         "job_id": record.get("job_id"),
         "host": agent.host if agent is not None else None,

@@ -6,6 +6,7 @@ import itertools
 import os
 from typing import Any
 
+from latentwire.run.atomic import open_to_read
 from latentwire.run.directory import Attempt
 from latentwire.run.journal import time_of
 from latentwire.run.seen import SeenRun
@@ -44,7 +45,7 @@ def _told(event: dict[str, Any]) -> dict[str, Any] | None:
 def log_tail(attempt: Attempt, name: str) -> str:
     """The last lines of a log; empty where there is none."""
     try:
-        with open(attempt.path / name, "rb") as file:
+        with open_to_read(attempt.path / name) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - _LOG_BYTES))
             data = file.read()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 from latentwire import Session
-from latentwire.errors import CheckpointMismatch, ConfigError, RunError
+from latentwire.errors import CheckpointMismatch, ConfigError, RunBusy, RunError
+from latentwire.run.process import node_name
 
 ROWS = [torch.full((2,), float(i)) for i in range(12)]
 
@@ -99,3 +101,11 @@ def test_other_samples_than_before_are_refused(tmp_path: Path, change: dict[str,
     ):
         train(tmp_path, **change)
     assert train(tmp_path) == 4
+
+
+def test_a_second_start_is_told_who_runs(tmp_path: Path) -> None:
+    path = tmp_path / "experiment_own"
+    with Session(path), pytest.raises(RunBusy) as caught:
+        Session(path)
+    words = f"{path} is in use by attempt 1, process {os.getpid()} on {node_name()}: wait for it, or end it"
+    assert str(caught.value) == words

@@ -53,9 +53,10 @@ def manager(folder: Path, events: Events) -> Iterator[CheckpointManager]:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """The empty directory of a run."""
+    """The directory of a run, with no attempt yet and nothing in its config."""
     run = Run(tmp_path / "runs" / "experiment_test")
     run.path.mkdir(parents=True)
+    run.config_path.touch()
     return run
 
 

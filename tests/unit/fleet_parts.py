@@ -131,5 +131,5 @@ def fleet(home: Path) -> None:
         if outcome is True:
             write_own(run, (at + 5, "submitted", {"job_id": "8", "scheduler": "slurm"}))
         if name == "given-up":
-            write_own(run, (at + 5, "given_up", {"reason": "3 times other, 2 allowed: ValueError"}))
+            write_own(run, (at + 5, "given_up", {"reason": "unexpected error 3 times, 2 allowed: ValueError"}))
     make_run(home, "cancelled").mark_cancelled(user="ada")

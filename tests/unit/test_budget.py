@@ -40,6 +40,18 @@ def test_what_ended_on_purpose_is_not_started_again(run: Run, outcome: str) -> N
     assert not next_move(run, RETRY).again
 
 
+@pytest.mark.parametrize(
+    ("cause", "words"),
+    [("oom", "out of memory"), ("network", "network failure"), ("other", "unexpected error"), ("killed", "lost")],
+)
+def test_a_cause_is_told_in_words(run: Run, cause: str, words: str) -> None:
+    retry = RetrySection(oom=1, network=1, other=1, lost=1)
+    end_attempt(run, "failed", cause)
+    assert next_move(run, retry).reason == f"{words}, 1 of 1: why 1"
+    end_attempt(run, "failed", cause)
+    assert next_move(run, retry).reason == f"{words} 2 times without a step gained, 1 allowed: why 2"
+
+
 def test_preemptions_never_count(run: Run) -> None:
     for _ in range(30):
         end_attempt(run, "preempted")

@@ -84,7 +84,7 @@ def test_unreadable_folder_is_one_line(home: Path) -> None:
     (run.path / "attempts" / "0001" / "stdout.log").mkdir()
     said = complaint(home, "logs", "toy")
     assert said.startswith("latentwire: ")
-    assert "Is a directory" in said
+    assert "stdout.log is no regular file" in said
 
 
 def many_events(home: Path, number: int = 5000) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import json
 import os
 import struct
 import subprocess
@@ -12,11 +13,15 @@ from pathlib import Path
 import numpy
 import pytest
 from checkpoint_parts import METRIC, Events, commit, open_manager
+from cli_parts import latentwire as program
+from cli_parts import printed
 from safetensors.numpy import load_file
+from test_simulation import lived
 
 from latentwire.checkpoint.layout import Snapshot
 from latentwire.checkpoint.tensor_file import HostTensor
-from latentwire.config import CheckpointSection, Config, WorkloadSection
+from latentwire.config import CheckpointSection, Config, WorkloadSection, parse_config
+from latentwire.errors import ConfigError
 from latentwire.run.directory import Run, create_run
 
 
@@ -88,6 +93,59 @@ def test_export_writes_the_weights_that_it_verified(run: Run, tmp_path: Path) ->
     exported = {name: load_file(tmp_path / name / "model.safetensors") for name in ("first", "average")}
     numpy.testing.assert_equal(exported, {"first": {"w": [1.0], "v": [3.0]}, "average": {"w": [7.0]}})
     assert "first exists" in latentwire(run, "export", "toy", "--to", str(tmp_path / "first"), code=1)
+
+
+_WORKLOAD = """
+from pathlib import Path
+import pydantic
+Path(__file__).with_name("was-imported").touch()
+class Options(pydantic.BaseModel):
+    size: int = 3
+class Toy: ...
+def export_config(options, shapes):
+    return {"size": options["size"]}
+"""
+
+
+def test_commands_that_only_read_run_nobodys_code_and_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "toy_workload.py").write_text(_WORKLOAD)
+    monkeypatch.chdir(tmp_path)
+    config = {"name": "test", "workload": {"target": "toy_workload.py:Toy"}, "train": {"steps": 300}}
+    run = create_run(parse_config(config, "here"), tmp_path / "runs")
+    assert run.config().workload.options == {"size": 3}, "checked and completed when it was made"
+    lived(run)
+    save(run, 1, {}, model={"w": tensor("F32", "f", 1.0)})
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "was-imported").unlink()
+    for words in ("simulate test", "diagnose test", "checkpoints prune test --dry-run", "config show test"):
+        for home in (tmp_path, elsewhere):
+            printed(home, *words.split(), "--runs-dir", str(run.path.parent))
+            assert not (tmp_path / "was-imported").exists()
+    export = ("checkpoints", "export", "test", "--runs-dir", str(run.path.parent), "--to")
+    result = program(elsewhere, *export, "out")
+    assert (result.returncode, sorted(os.listdir(elsewhere / "out"))) == (0, ["model.safetensors"])
+    assert result.stderr == (
+        "latentwire: config.json is left out, which the workload writes: "
+        f"workload.target: there is no file {elsewhere}/toy_workload.py\n"
+    )
+    printed(tmp_path, *export, "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["size"] == 3
+
+
+def test_whoever_trains_a_run_has_its_options_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "another_toy.py").write_text(_WORKLOAD)
+    monkeypatch.chdir(tmp_path)
+    target = {"target": "another_toy.py:Toy"}
+    run = create_run(parse_config({"name": "test", "workload": target}, "here"), tmp_path / "runs")
+    run.config_path.write_text(run.config_path.read_text().replace("size: 3", "size: three"))
+    assert run.config().workload.options == {"size": "three"}
+    with pytest.raises(ConfigError, match=r"config\.yaml:\n  workload\.options\.size"):
+        run.checked_config()
+    with pytest.raises(ConfigError, match=r"workload\.options\.size"):
+        create_run(parse_config({"name": "test", "workload": target}, "here"), tmp_path / "runs")
 
 
 def test_export_of_a_corrupt_checkpoint_writes_nothing(run: Run, tmp_path: Path) -> None:

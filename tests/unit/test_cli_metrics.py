@@ -69,3 +69,11 @@ def test_a_tracker_that_there_is_not(home: Path) -> None:
 def test_a_file_that_is_replaced_whole_cannot_be_followed(home: Path) -> None:
     make_run(home)
     assert "cannot be followed" in complaint(home, "metrics", "toy", "--follow", "--to", "x", code=2)
+
+
+def test_a_full_disk_is_named(home: Path, small_disk: Path) -> None:
+    finished_run(home)
+    (small_disk / "filler").write_bytes(bytes(2**20))
+    path = small_disk / "m"
+    said = complaint(home, "metrics", "toy", "--to", str(path))
+    assert said == f"latentwire: {path}: No space left on device; free some space there\n"

@@ -22,6 +22,7 @@ from cli_parts import (
 from fleet_parts import fleet, running
 
 from latentwire.run.journal import Journal
+from latentwire.views.run_page import RunPage
 
 _ESCAPES = re.compile("\x1b\\[[0-9;]*m")
 
@@ -134,7 +135,7 @@ def test_the_columns_that_matter_most_fit(home: Path, width: int | None, header:
         ["CANCELLED", "DONE", "FAILED", "LOST", "PENDING", "PREEMPTED", "REQUEUED", "RETRYING", "RUNNING", "RUNNING",
          "STALLED", "STOPPED"]
     )  # fmt: skip
-    assert "given-up: 3 times other, 2 allowed: ValueError" in lines or "note" in header
+    assert "given-up: unexpected error 3 times, 2 allowed: ValueError" in lines or "note" in header
 
 
 def test_gpus_of_a_running_run_are_drawn(home: Path) -> None:
@@ -152,3 +153,19 @@ def test_a_run_that_cannot_be_read_hides_no_other(home: Path) -> None:
     assert [line.split()[0] for line in result.stdout.splitlines()] == ["run", "toy"]
     assert "broken cannot be read" in result.stderr
     assert [each["name"] for each in json.loads(printed(home, "status", "--json"))] == ["toy"]
+
+
+def test_a_cause_is_told_in_words_to_people_and_by_its_key_to_programs(home: Path) -> None:
+    run = make_run(home)
+    for _ in range(2):
+        attempt = run.claim_attempt("1", "local")
+        write_events(
+            attempt, "agent", (attempt.claimed() + 1, "attempt_ended", {"outcome": "failed", "cause": "other"})
+        )
+    for command in ("status toy", "timeline toy"):
+        assert "failed (unexpected error)" in printed(home, *command.split()), command
+    assert "unexpected error" in printed(home, "goodput")
+    assert "other" in json.loads(printed(home, "goodput", "--json"))["total"]["lost"]
+    page = RunPage(run).read()
+    assert [attempt["cause"] for attempt in page["attempts"]] == ["unexpected error"] * 2
+    assert page["goodput"]["lost"][0][0] == "unexpected error"
