@@ -88,6 +88,12 @@ ITEMS = (
         faults_pass,
     ),
     Item(
+        "full-disk",
+        "A notice on a full disk loses no step: older checkpoints make room; the orchestrator waits until there is",
+        _pytest("tests/unit/test_checkpoint_disk.py", "tests/train/test_full_disk.py"),
+        tests_pass,
+    ),
+    Item(
         "checkpoints",
         "Corrupt, unsafe, torn and foreign checkpoints are found, kept aside and never used",
         _pytest(
@@ -127,8 +133,8 @@ ITEMS = (
     ),
     Item(
         "own-loop-refused",
-        "A loop of one's own that would lose something without a word is refused, with the cure",
-        _pytest("tests/train/test_own_loop.py"),
+        "A loop of one's own that would lose something silently is refused, and one that is left by break is saved",
+        _pytest("tests/train/test_own_loop.py", "tests/train/test_left_loop.py"),
         tests_pass,
     ),
     Item(
