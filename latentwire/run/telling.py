@@ -43,7 +43,7 @@ _WORDS: dict[str, Callable[[Event], str | None]] = {
     "attempt_lost": lambda e: (
         f"attempt {e.get('attempt')} ended without a word (SIGKILL, node failure), committed step {e.get('step')}"
     ),
-    "given_up": lambda e: f"given up: {e.get('reason')}",
+    "given_up": lambda e: f"ALARM given up: {e.get('reason')}",
     "resumed": lambda e: f"resumed by hand after attempt {e.get('after_attempt')}",
     "attempt_started": lambda e: f"attempt started (job {e.get('job_id', '-')})",
     "placed": lambda e: f"placed on {' | '.join(', '.join(rank) for rank in e.get('devices', []))}: {e.get('why')}",
