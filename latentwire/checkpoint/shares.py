@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -17,7 +18,7 @@ from typing import Any
 
 from latentwire.checkpoint.layout import FileRecord
 from latentwire.errors import CheckpointTorn
-from latentwire.run.atomic import read_json, write_json
+from latentwire.run.atomic import read_json, replacing
 
 _LOOK_S, _FENCE_S = 0.05, 1.0
 
@@ -29,14 +30,20 @@ def share_path(folder: Path, rank: int) -> Path:
 
 def tell_written(folder: Path, rank: int, files: dict[str, FileRecord]) -> None:
     """This rank's files are written and fsynced."""
-    write_json(share_path(folder, rank), {"files": {name: dataclasses.asdict(r) for name, r in files.items()}})
+    _tell(share_path(folder, rank), {"files": {name: dataclasses.asdict(r) for name, r in files.items()}})
 
 
 def tell_failed(folder: Path, rank: int, error: Exception) -> None:
     """This rank's disk refused, or its tensors were torn; rank 0 is not to wait for it."""
     code = error.errno if isinstance(error, OSError) else None
     word = {"errno": code, "error": str(error), "torn": isinstance(error, CheckpointTorn)}
-    write_json(share_path(folder, rank), word)
+    _tell(share_path(folder, rank), word)
+
+
+def _tell(path: Path, word: dict[str, Any]) -> None:
+    """The last thing that is done in the folder: from here on rank 0 may rename it, so its name is not fsynced."""
+    with replacing(path, fsync=False) as file:
+        file.write(json.dumps(word))
 
 
 def collect(folder: Path, ranks: Iterable[int], check: Callable[[], None], patience_s: float) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ from checkpoint_parts import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentwire.checkpoint import interval, layout, reader
+from latentwire.checkpoint import interval, layout, reader, shares
 from latentwire.checkpoint.layout import Snapshot
 from latentwire.checkpoint.manager import CheckpointManager
 from latentwire.errors import CheckpointError, CheckpointTorn, Fenced
@@ -124,6 +124,20 @@ def views_with_a_failing_rank(
     views = [whole] * WORLD_SIZE
     views[failing] = dataclasses.replace(whole, tensors={**whole.tensors, "model": model})
     return failing, views
+
+
+def test_a_rank_touches_nothing_after_its_word(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 may commit the folder as soon as it sees the last share."""
+    hidden, final, replace = folder / "hidden", folder / "step", os.replace
+    hidden.mkdir(parents=True)
+
+    def replace_and_commit(source: Path, target: Path) -> None:
+        replace(source, target)
+        os.rename(hidden, final)
+
+    monkeypatch.setattr(os, "replace", replace_and_commit)
+    shares.tell_written(hidden, 1, {})
+    assert shares.share_path(final, 1).is_file()
 
 
 def test_ranks_that_track_other_states_commit_nothing(folder: Path, events: Events) -> None:
