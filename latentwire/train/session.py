@@ -199,6 +199,7 @@ class Session:
             raise RunError("batches() is for one rank: use share(), which sums gradients up over all of them")
         if self._saving is None:
             self.restore()
+        self._settle_step()
         batches = self._feeds.add(data, batch_size, batch_size, collate).batches(self.step)
         for step in self.steps(steps, evaluate, evaluate_every):
             with self.clock("data"):
@@ -271,9 +272,10 @@ class Session:
             raise RunError(f"steps is {total!r}: give how many optimizer steps the run has in all, a whole number")
         if self._saving is None:
             self.restore()
+        self._settle_step()
         self.event("training_started", step=self.step, total_steps=total)
         looking = register_optimizer_step_post_hook(self._state.refuse_untracked)
-        self._is_looping = True
+        self._is_looping, self._left_with = True, None
         try:
             while True:
                 self._evaluate_if_due(total, evaluate, evaluate_every)
@@ -302,9 +304,7 @@ class Session:
         if not self._is_looping:
             return
         changed = self._left_with not in (None, self._state.versions())
-        if self._in_step and not self.saving.is_boundary_intact():  # what changed the state counts as a step
-            self._end_step()
-        self._in_step = False
+        self._settle_step()
         if self.ranks.highest([float(changed)])[0]:
             raise RunError(
                 f"the loop was left after step {self.step}, and what is tracked has been changed since: that step "
@@ -312,6 +312,12 @@ class Session:
             )
         self._act_at_boundary(last=True)
         self._finish()
+
+    def _settle_step(self) -> None:
+        """Of a loop that was left in the midst of a step: it counts if it has changed the state."""
+        if self._in_step and not self.saving.is_boundary_intact():
+            self._end_step()
+        self._in_step = False
 
     def _finish(self) -> None:
         self.saving.finish(lambda: self._save("last"), self.safe_point)

@@ -37,21 +37,29 @@ def train(session):
 """
 
 
-def train(path: Path, steps: int, leave_in: int | None = None, updated: bool = True, spoiled: bool = False) -> Session:
-    """Train to a step; leave the loop in one of them, after or before its update; perhaps change the weights then."""
+def train(
+    path: Path,
+    steps: int,
+    leave_in: int | None = None,
+    updated: bool = True,
+    spoiled: bool = False,
+    more_steps: int | None = None,
+) -> Session:
+    """Train to a step; leave the loop in one, after or before its update; perhaps change the weights, or loop again."""
     settings: dict[str, Any] = {"interval_s": None, "best_metric": None}
     with Session(path / "experiment_own", checkpoint=settings) as session:
         model = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Dropout(0.2), torch.nn.Linear(4, 1))
         optimizer = torch.optim.AdamW(model.parameters())
         session.track(model=model, optimizer=optimizer)
-        for batch in session.batches(ROWS, batch_size=4, steps=steps):
-            model(batch).sum().backward()
-            if session.step + 1 == leave_in and not updated:
-                break
-            optimizer.step()
-            optimizer.zero_grad()
-            if session.step + 1 == leave_in:
-                break
+        for last in filter(None, (steps, more_steps)):
+            for batch in session.batches(ROWS, batch_size=4, steps=last):
+                model(batch).sum().backward()
+                if session.step + 1 == leave_in and not updated:
+                    break
+                optimizer.step()
+                optimizer.zero_grad()
+                if session.step + 1 == leave_in:
+                    break
         if spoiled:
             with torch.no_grad():
                 next(model.parameters()).zero_()
@@ -66,6 +74,13 @@ def test_the_last_whole_step_is_saved_and_gone_on_from(tmp_path: Path, updated: 
     train(tmp_path / "calm", 8)
     left, calm = (Run(tmp_path / name / "experiment_own") for name in ("left", "calm"))
     assert final_digests(left) == final_digests(calm)
+
+
+def test_another_loop_goes_on_behind_the_step_that_was_left(tmp_path: Path) -> None:
+    assert train(tmp_path / "two", 8, leave_in=3, more_steps=6).step == 6
+    assert train(tmp_path / "one", 6).step == 6
+    two, one = (Run(tmp_path / name / "experiment_own") for name in ("two", "one"))
+    assert final_digests(two) == final_digests(one)
 
 
 def test_weights_that_were_changed_behind_the_loop_are_refused(tmp_path: Path) -> None:
